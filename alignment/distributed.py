@@ -34,6 +34,11 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true"}
 
 
+def device() -> str:
+    """The accelerator of this process."""
+    return "cpu" if on_cpu() else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
 def ddp_backend() -> str | None:
     """gloo on the CPU. accelerate leaves it open under DeepSpeed there, and every rank then believes it is alone."""
     return "gloo" if on_cpu() and world_size() > 1 else None

@@ -14,6 +14,7 @@ from alignment.distributed import (
     PATIENCE,
     barrier,
     ddp_backend,
+    device,
     is_main_process,
     on_cpu,
     prepare_deepspeed_ops,
@@ -22,12 +23,15 @@ from alignment.distributed import (
 from alignment.policy import Head, merge_adapter, remove_folder
 from alignment.recipe import ModelInit, Training
 from alignment.workspace import Workspace
+from reward.dtype import torch_dtype
 
 CHECKPOINTS = "checkpoints"
 _COMPLETE = "complete"
 
 
-def training_arguments(training: Training, *, output_dir: Path, seed: int, num_rows: int, bf16: bool) -> dict[str, Any]:
+def training_arguments(
+    training: Training, *, init: ModelInit, output_dir: Path, seed: int, num_rows: int
+) -> dict[str, Any]:
     """Our keys -> keyword arguments of TrainingArguments; `num_rows` fixes the number of warm-up steps."""
     prepare_deepspeed_ops()
     steps = num_steps(training, num_rows=num_rows)
@@ -55,7 +59,7 @@ def training_arguments(training: Training, *, output_dir: Path, seed: int, num_r
         "warmup_steps": warmup,
         "lr_scheduler_kwargs": minimum or None,
         "train_sampling_strategy": "group_by_length" if training.group_by_length else "random",
-        "bf16": bf16,
+        "bf16": torch_dtype(init.dtype, device()) == torch.bfloat16,
         "use_cpu": on_cpu(),
         "ddp_backend": ddp_backend(),
         "ddp_timeout": int(PATIENCE.total_seconds()),

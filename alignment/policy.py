@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignment.artifact import ArtifactError, is_artifact, read_artifact
-from alignment.distributed import uses_deepspeed, whole_weights
+from alignment.distributed import device, uses_deepspeed, whole_weights
 from alignment.embedded import embedded_folder, embedded_source, is_embedded
 from alignment.recipe import Lora, ModelInit
+from reward.dtype import torch_dtype
 
 Head = Literal["causal_lm", "sequence_classification"]
 
@@ -84,13 +85,22 @@ def _template_tokens(tokenizer: Any) -> set[str]:
     return {token for token in tokenizer.all_special_tokens if token in text}
 
 
-def load_model(model: str, *, init: ModelInit, head: Head = "causal_lm", pad_token_id: int | None = None) -> Any:
-    """Weights with the head asked for: next-token head, or a regression head with one output."""
-    import torch
+def load_model(
+    model: str,
+    *,
+    init: ModelInit,
+    head: Head = "causal_lm",
+    pad_token_id: int | None = None,
+    as_saved: bool = False,
+) -> Any:
+    """Weights with the head asked for: next-token head, or a regression head with one output.
+
+    `as_saved`: in the number format of the checkpoint's files, whatever `init` says.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kwargs: dict[str, Any] = {
-        "dtype": getattr(torch, init.dtype),
+        "dtype": "auto" if as_saved else torch_dtype(init.dtype, device()),
         "revision": init.revision,
         "trust_remote_code": init.trust_remote_code,
         "use_safetensors": True,
@@ -109,13 +119,12 @@ def load_model(model: str, *, init: ModelInit, head: Head = "causal_lm", pad_tok
 
 
 def _quantization(init: ModelInit) -> Any:
-    import torch
     from transformers import BitsAndBytesConfig
 
     if init.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, init.dtype)
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch_dtype(init.dtype, device())
     )
 
 
@@ -154,12 +163,15 @@ def add_lora(model: Any, lora: Lora, *, head: Head) -> Any:
 
 
 def merge_adapter(model: str, adapter: Path, target: Path, *, init: ModelInit, head: Head, pad_token_id: int) -> None:
-    """Load the base anew, apply the adapter, merge and save whole weights to `target` (one process, any layout)."""
+    """Load the base anew, apply the adapter, merge and save whole weights to `target` (one process, any layout).
+
+    In the number format of the base's own files: rounded to that of the training, small updates could be lost.
+    """
     from peft import PeftModel
 
     plain = init.model_copy(update={"quantization": None})
     with whole_weights():
-        base = load_model(model, init=plain, head=head, pad_token_id=pad_token_id)
+        base = load_model(model, init=plain, head=head, pad_token_id=pad_token_id, as_saved=True)
         merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
     merged.save_pretrained(target)
 

@@ -21,6 +21,7 @@ from alignment.recipe_scorers import (
     Section,
 )
 from reward.conversation import RATINGS, fingerprint
+from reward.dtype import Dtype
 
 # ------------------------------------------------------------------------------------------------ models
 
@@ -28,7 +29,7 @@ from reward.conversation import RATINGS, fingerprint
 class ModelInit(Section):
     """How weights are loaded."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     attn_implementation: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from reward.dtype import Dtype
 from reward.scorer import LLAMA2_THRESHOLD
 from reward.wire import parse_url
 
@@ -41,7 +42,7 @@ class RewardModelScorer(Section):
     batch_size: PositiveInt = 16
     max_length: PositiveInt = 4096
     shared_prefix: bool = True
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
 
 
 class JudgeScorer(Section):
@@ -53,7 +54,7 @@ class JudgeScorer(Section):
     mode: Literal["score", "explain"] = "score"
     batch_size: PositiveInt = 8
     max_length: PositiveInt = 2048
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
 
 
 class GuardScorer(Section):
@@ -64,7 +65,7 @@ class GuardScorer(Section):
     format: Literal["llama_guard", "wild_guard"]
     batch_size: PositiveInt = 8
     max_length: PositiveInt = 4096
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
 
 
 class RefusalScorer(Section):

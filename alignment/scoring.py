@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from alignment.distributed import on_cpu, whole_weights
+from alignment.distributed import device, whole_weights
 from alignment.policy import resolve_model
 from alignment.recipe_scorers import (
     GuardScorer,
@@ -108,10 +108,3 @@ def _http(spec: HttpScorer) -> Scorer:
     token = None if spec.token_env is None else read_token(spec.token_env)
     endpoint = Endpoint(url=spec.url, token=token, timeout=spec.timeout, deadline=spec.deadline, retries=spec.retries)
     return Client.connect(endpoint, name=spec.name, scale=spec.scale, batch_size=spec.batch_size)
-
-
-def device() -> str:
-    """The accelerator of this process."""
-    import os
-
-    return "cpu" if on_cpu() else f"cuda:{os.environ.get('LOCAL_RANK', '0')}"

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from reward.conversation import Prompt
+from reward.dtype import Dtype, torch_dtype
 from reward.render import Renderer
 
 CUT_OFF = " [cut off]"
@@ -45,7 +46,7 @@ class TransformersBackend:
         cls,
         path: str | Path,
         *,
-        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        dtype: Dtype = "bfloat16",
         batch_size: int = 8,
         device: str | None = None,
         chat_template: str | None = None,
@@ -66,7 +67,7 @@ class TransformersBackend:
         tokenizer = auto_tokenizer.from_pretrained(path)
         tokenizer.chat_template = chat_template or tokenizer.chat_template
         renderer = Renderer(tokenizer, name=str(path))  # refuses a tokenizer before any weight loads
-        model = auto_model.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)
+        model = auto_model.from_pretrained(path, dtype=torch_dtype(dtype, device), use_safetensors=True)
         # A checkpoint may ship a temperature or a repetition penalty, which would seep into every `generate`.
         model.generation_config = transformers.GenerationConfig()
         return cls(model.to(device).eval(), renderer, batch_size)

@@ -21,12 +21,12 @@ from reward.checkpoint import (
     model_file,
 )
 from reward.conversation import Conversation, Message, Role
+from reward.dtype import Dtype, torch_dtype
 from reward.model import RewardModel
 from reward.render import Renderer, TooLong
 from reward.scorer import NegatedScorer, Scale, Score, Scorer, ScorerError
 from reward.slots import disarmer
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 ReadAt = Literal["end_of_turn", "end_of_template"]
 """Where a chat model's score is read: at the end-of-turn token, or behind all that its template writes after it."""
 
@@ -334,7 +334,7 @@ def _load(auto_class: Any, checkpoint: Checkpoint, loading: Loading, **settings:
     """The model, frozen, on its device; ScorerError when a weight is missing, which transformers makes up at random."""
     module, info = auto_class.from_pretrained(
         checkpoint.model,
-        dtype=getattr(torch, loading.dtype),
+        dtype=torch_dtype(loading.dtype, loading.device),
         use_safetensors=True,
         trust_remote_code=loading.trust_remote_code,
         output_loading_info=True,

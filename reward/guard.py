@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from reward.backends import TransformersBackend
 from reward.conversation import Conversation, Message
+from reward.dtype import Dtype
 from reward.render import TooLong
 from reward.scorer import Scale, Score, ScorerError, sigmoid
 from reward.slots import disarmer
@@ -96,7 +97,7 @@ class GuardScorer:
         path: str | Path,
         form: GuardFormat,
         *,
-        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        dtype: Dtype = "bfloat16",
         device: str | None = None,
         batch_size: int = 8,
         max_length: int = 4096,

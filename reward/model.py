@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reward.checkpoint import HEAD_NAMES, Checkpoint
 from reward.conversation import Conversation, Message
+from reward.dtype import Dtype, torch_dtype
 from reward.render import Renderer, TooLong
 from reward.scorer import Scale, Score, ScorerError
 from reward.shared_prefix import Group, pack, packed_scores, why_not_packed
@@ -58,7 +59,7 @@ class RewardModel:
         cls,
         path: str | Path,
         *,
-        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        dtype: Dtype = "bfloat16",
         device: str | torch.device | None = None,
         name: str | None = None,
         batch_size: int = 16,
@@ -77,7 +78,7 @@ class RewardModel:
         module = AutoModelForSequenceClassification.from_pretrained(
             path,
             num_labels=1,
-            dtype=getattr(torch, dtype),
+            dtype=torch_dtype(dtype, device or "cpu"),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )

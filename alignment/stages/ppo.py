@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alignment.actor_critic import ActorCritic, load_actor_critic, load_reference
 from alignment.artifact import Artifact
-from alignment.distributed import close, is_main_process, make_accelerator
+from alignment.distributed import close, device, is_main_process, make_accelerator
 from alignment.fitting import weight_files
 from alignment.generate import Generator, fitting_prompts
 from alignment.objectives import (
@@ -29,7 +29,7 @@ from alignment.ppo_state import configure_engine, load_state, make_optimizer, sa
 from alignment.recipe import PpoRecipe
 from alignment.rollout import Rollout, collect_rollout, forward, iteration_prompts
 from alignment.schedule import learning_rate_factor
-from alignment.scoring import build_scorer, device
+from alignment.scoring import build_scorer
 from alignment.sources import load_prompts
 from alignment.tracking import Tracker, open_tracker
 from alignment.workspace import Workspace, open_workspace

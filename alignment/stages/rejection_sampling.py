@@ -9,11 +9,11 @@ from typing import Any
 
 from alignment.artifact import Artifact
 from alignment.chunks import Row, clear_chunks, work_in_chunks
-from alignment.distributed import close, is_main_process, make_accelerator, whole_weights
+from alignment.distributed import close, device, is_main_process, make_accelerator, whole_weights
 from alignment.generate import Completion, Generator, derive_seed, fitting_prompts
 from alignment.policy import load_model, load_tokenizer
 from alignment.recipe import RejectionSamplingRecipe
-from alignment.scoring import build_scorer, device
+from alignment.scoring import build_scorer
 from alignment.sources import RECORDS, load_prompts
 from alignment.tracking import Tracker, open_tracker
 from alignment.workspace import Workspace, open_workspace

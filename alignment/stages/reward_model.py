@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from datasets import Dataset
 from trl import RewardConfig
 
 from alignment.artifact import Artifact
-from alignment.distributed import close, is_main_process
+from alignment.distributed import close, device, is_main_process
 from alignment.fitting import (
     MarkComplete,
     StopWhenNotFinite,
@@ -20,12 +20,12 @@ from alignment.fitting import (
 )
 from alignment.policy import load_model, load_tokenizer, lora_config
 from alignment.recipe import RewardModelRecipe
-from alignment.scoring import device
 from alignment.sources import SourceError, load_preferences
 from alignment.tracking import open_tracker, trainer_callback
 from alignment.workspace import open_workspace
 from reward.collate import PreferenceCollator, tokenize_preferences
 from reward.conversation import Rating
+from reward.dtype import Dtype
 from reward.losses import MARGINS
 from reward.metrics import preference_report
 from reward.model import RewardModel
@@ -95,7 +95,7 @@ def run(recipe: RewardModelRecipe) -> Artifact | None:
     return artifact
 
 
-def measure(path: Path, preferences: Any, *, dtype: Literal["float32", "bfloat16", "float16"]) -> dict[str, Any]:
+def measure(path: Path, preferences: Any, *, dtype: Dtype) -> dict[str, Any]:
     """Score held-out pairs with the checkpoint as anybody would load it."""
     from alignment.distributed import whole_weights
 
@@ -110,6 +110,6 @@ def _config(recipe: RewardModelRecipe, *, num_rows: int) -> RewardConfig:
         output_dir=Path(recipe.output_dir),
         seed=recipe.seed,
         num_rows=num_rows,
-        bf16=recipe.model_init.dtype == "bfloat16",
+        init=recipe.model_init,
     )
     return RewardConfig(**arguments, max_length=None, disable_dropout=True)

@@ -97,7 +97,7 @@ def _config(recipe: SftRecipe, *, num_rows: int) -> SFTConfig:
         output_dir=Path(recipe.output_dir),
         seed=recipe.seed,
         num_rows=num_rows,
-        bf16=recipe.model_init.dtype == "bfloat16",
+        init=recipe.model_init,
     )
     if recipe.packing:
         arguments["train_sampling_strategy"] = "random"

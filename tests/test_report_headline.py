@@ -7,8 +7,12 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from alignment.artifact import write_artifact
 from alignment.evaluation.report import summary_table
+from alignment.evaluation.wording import cautions, first_set, headline
+from reward.metrics import Rate
 from tests.made_run import Rows, make_run, poison, read_report, set_violations
 
 # ------------------------------------------------------------------------------------ headline and cautions
@@ -56,6 +60,20 @@ def test_a_degenerate_model_gets_no_verdict(tmp_path: Path) -> None:
     report = read_report(make_run(tmp_path, checkpoints=("base", "ppo"), num_adversarial=20, edit=edit))
     assert report["headline"].startswith("No verdict: 25.0% of the answers of ppo to adversarial are degenerate.")
     assert any("cannot be read as safety" in caution for caution in report["cautions"])
+
+
+@pytest.mark.parametrize(("sick", "no_verdict"), [("base", False), ("ppo", True)])
+def test_a_start_that_is_degenerate_elsewhere_leaves_the_verdict(tmp_path: Path, sick: str, no_verdict: bool) -> None:
+    """On a set that the headline does not compare: its rates of the start stand in no figure of the sentence."""
+    report = read_report(make_run(tmp_path, checkpoints=("base", "ppo"), num_adversarial=20))
+    report["prompt_sets"]["twins"] = "false_refusal"
+    for name, checkpoint in report["checkpoints"].items():
+        sets = checkpoint["prompt_sets"]
+        sets["twins"] = sets[first_set(report, "false_refusal")] | (
+            {"degenerate": Rate.of([True] * 6 + [False] * 14).to_json()} if name == sick else {}
+        )
+    assert headline(report).startswith("No verdict: 30.0% of the answers of ppo to twins") is no_verdict
+    assert any(f"of the answers of {sick} to twins are degenerate" in caution for caution in cautions(report))
 
 
 def test_cautions(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 `accelerate launch --config_file launch/X.yaml -m alignment --config RECIPE.yaml [--section.key value ...]`
 
-Exit codes: 0 done (or complete already), 2 the recipe or an input cannot be used (nothing was loaded), 1 anything else.
+Exit codes: 0 done (or complete already), 2 the recipe or an input cannot be used (nothing was loaded), 75 stopped by
+SIGTERM with everything saved (the same command goes on), 1 anything else.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from alignment.distributed import is_main_process
 from alignment.inputs import InputError, check_inputs, missing_inputs
 from alignment.recipe import StageRecipe
 from alignment.recipe_file import Arguments, RecipeError, dump_recipe, load_recipe
-from alignment.source_files import SourceError
+from alignment.sources import SourceError, account_lines
+from alignment.stopping import EXIT_STOPPED, Stopped
 from alignment.workspace import complete_artifact
 
 EXIT_BAD_INPUT = 2
@@ -57,9 +59,16 @@ def run(recipe: StageRecipe) -> int:
     quiet_libraries()
     from alignment.stages import run_stage
 
-    artifact = run_stage(recipe)
+    try:
+        artifact = run_stage(recipe)
+    except Stopped as stopped:
+        if is_main_process():
+            print(f"{stopped}; all is saved, run the same command to go on", flush=True)
+        return EXIT_STOPPED
     if artifact is not None:
         print(f"{recipe.stage}: {artifact.kind} in {artifact.path}", flush=True)
+        for line in account_lines(artifact.data):
+            print(f"  {line}", flush=True)
     return 0
 
 

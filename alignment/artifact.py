@@ -20,7 +20,18 @@ from typing import Any, Literal, get_args
 
 from reward.conversation import fingerprint
 
-Kind = Literal["policy", "reward_model", "conversations", "preferences", "prompts", "evaluation", "reward_report"]
+Kind = Literal[
+    "policy",
+    "reward_model",
+    "harmfulness_model",
+    "conversations",
+    "preferences",
+    "prompts",
+    "evaluation",
+    "reward_report",
+    "agreement",
+    "attack_report",
+]
 MANIFEST = "manifest.json"
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
 
@@ -123,6 +134,11 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in `folder`, by name; folders in it do not count."""
+    return {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.is_file()}
 
 
 def environment() -> dict[str, Any]:

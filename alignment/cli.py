@@ -10,7 +10,9 @@ from pathlib import Path
 
 from alignment.artifact import ArtifactError
 from alignment.inputs import InputError
+from alignment.judge_cli import JUDGE_VERBS, add_judge_verbs
 from alignment.pipeline import run_pipeline
+from alignment.plan_cli import add_plan, run_plan
 from alignment.recipe_file import Arguments, RecipeError, load_pipeline
 from alignment.reward_cli import VERBS, add_verbs
 from alignment.source_files import SourceError
@@ -20,19 +22,23 @@ EXIT_BAD_INPUT = 2
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 a recipe or an input cannot be used, else that of the step that failed."""
+    """Exit codes: 0 done, 2 a recipe or an input cannot be used, 75 stopped, else that of the step that failed."""
     try:
         arguments, overrides = _parser().parse_known_args(sys.argv[1:] if words is None else words)
         if arguments.verb == "pipeline":
             return _pipeline(arguments.recipe, overrides, dry_run=arguments.dry_run)
+        if arguments.verb == "plan":
+            return run_plan(arguments, overrides)
         if overrides:
             raise RecipeError(f"command line: {overrides[0]!r} is no option of {arguments.verb}")
         if arguments.verb == "stage":
             from alignment.__main__ import main as run_stage
 
             return run_stage(["--config", str(arguments.recipe), "--dry-run"])
-        if arguments.verb in VERBS:
-            return VERBS[arguments.verb](arguments)
+        if arguments.verb == "convert-checkpoint":
+            return _convert(arguments.output_dir, processes=arguments.processes)
+        if arguments.verb in VERBS | JUDGE_VERBS:
+            return (VERBS | JUDGE_VERBS)[arguments.verb](arguments)
         return _report(arguments.run_dir)
     except (RecipeError, InputError, ArtifactError, SourceError, ScorerError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -50,8 +56,20 @@ def _parser() -> argparse.ArgumentParser:
     check = verbs.add_parser("check", help="check the recipe of one stage and print it with its defaults")
     check.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     check.set_defaults(verb="stage")
+    convert = verbs.add_parser("convert-checkpoint", help="let an interrupted PPO stage go on with other processes")
+    convert.add_argument("output_dir", type=Path, help="of the stage, in which `checkpoints` lies")
+    convert.add_argument("--processes", type=int, required=True, help="how many the stage will be started with")
+    add_plan(verbs)
     add_verbs(verbs)
+    add_judge_verbs(verbs)
     return parser
+
+
+def _convert(output_dir: Path, *, processes: int) -> int:
+    from alignment.convert import convert_checkpoint
+
+    print(f"{convert_checkpoint(output_dir, processes=processes)} is for {processes} processes now")
+    return 0
 
 
 def _pipeline(path: Path, overrides: Sequence[str], *, dry_run: bool) -> int:

@@ -6,13 +6,19 @@ import contextlib
 import os
 from collections.abc import Generator, Iterable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from accelerate import Accelerator
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(hours=6)
 """How long processes wait for one another: while the main one scores or saves, the others are not stuck."""
+_ENGINE_TAG = "engine"
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def world_size() -> int:
@@ -117,6 +123,47 @@ def gathered(parameters: Iterable[Any]) -> Generator[None]:
 
     with deepspeed.zero.GatheredParameters(shared, modifier_rank=0):
         yield
+
+
+def from_all(value: T) -> list[T]:
+    """The value of every process, by rank; all of them call it together."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def save_engine(engine: Any, folder: Path, *, only_trained: bool) -> None:
+    """DeepSpeed's own files of a training state; `only_trained` leaves frozen weights out."""
+    engine.save_checkpoint(str(folder), tag=_ENGINE_TAG, exclude_frozen_parameters=only_trained)
+
+
+def load_engine(engine: Any, folder: Path, *, only_trained: bool) -> None:
+    """Go back to what `save_engine` wrote; a pickle that holds more than tensors and DeepSpeed's records is refused."""
+    with _weights_only():
+        path, _ = engine.load_checkpoint(str(folder), tag=_ENGINE_TAG, load_module_strict=not only_trained)
+    if path is None:
+        raise RuntimeError(f"DeepSpeed found nothing to load in {folder}")
+
+
+@contextlib.contextmanager
+def _weights_only() -> Generator[None]:
+    """torch.load as if every call said `weights_only=True`; DeepSpeed's say False."""
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        os.environ.pop(_FORCE) if before is None else os.environ.__setitem__(_FORCE, before)
 
 
 def barrier() -> None:

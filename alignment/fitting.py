@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
+from alignment.checkpoints import CHECKPOINTS, INDEX, list_checkpoints, newest_checkpoint, seal
 from alignment.distributed import (
     PATIENCE,
     barrier,
+    close,
     ddp_backend,
     device,
     is_main_process,
@@ -22,11 +22,9 @@ from alignment.distributed import (
 )
 from alignment.policy import Head, merge_adapter, remove_folder
 from alignment.recipe import ModelInit, Training
+from alignment.stopping import Stopped, StopRequest
 from alignment.workspace import Workspace
 from reward.dtype import torch_dtype
-
-CHECKPOINTS = "checkpoints"
-_COMPLETE = "complete"
 
 
 def training_arguments(
@@ -80,13 +78,24 @@ def num_steps(training: Training, *, num_rows: int) -> int:
     return max(1, round(training.num_train_epochs * -(-num_rows // rows_per_step)))
 
 
-class MarkComplete(TrainerCallback):
-    """Writes a marker into each checkpoint once all processes have saved theirs; a kill amid a save leaves none."""
+class SealCheckpoints(TrainerCallback):
+    """Gives each checkpoint its index once all processes have saved theirs; a kill amid a save leaves none.
+
+    Asked to stop, it saves at the end of the step and raises Stopped, unless that step is the last one.
+    """
+
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+        self.stopping = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step < state.max_steps and self.stop.agreed():
+            self.stopping = control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        barrier()
-        if is_main_process():
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if self.stopping:
+            raise Stopped(f"{Path(args.output_dir).parent} stopped after step {state.global_step}")
 
 
 class StopWhenNotFinite:
@@ -102,15 +111,24 @@ class StopWhenNotFinite:
         return loss  # pyright: ignore[reportUnknownVariableType]
 
 
-def newest_checkpoint(output_dir: Path) -> str | None:
-    """The newest checkpoint that was saved whole; one that was not is removed (its save was interrupted)."""
-    folder = output_dir / CHECKPOINTS
-    if is_main_process() and folder.is_dir():
-        for checkpoint in folder.iterdir():
-            if re.fullmatch(r"checkpoint-\d+", checkpoint.name) and not (checkpoint / _COMPLETE).exists():
+def train(trainer: Any, workspace: Workspace) -> Any:
+    """`trainer.train()` from the newest whole checkpoint, if there is one; one whose save was interrupted goes."""
+    folder = workspace.path / CHECKPOINTS
+    if is_main_process():
+        for checkpoint in list_checkpoints(folder):
+            if not (checkpoint / INDEX).exists():
                 remove_folder(checkpoint)
     barrier()
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    newest = newest_checkpoint(folder)
+    try:
+        return trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    except Stopped:
+        close_trainer(trainer)
+        raise
+
+
+def close_trainer(trainer: Any) -> None:
+    close(trainer.accelerator, trainer.model_wrapped if trainer.is_deepspeed_enabled else None)
 
 
 def save_final(trainer: Any, workspace: Workspace, *, model: str, init: ModelInit, head: Head, lora: bool) -> None:
@@ -128,7 +146,6 @@ def save_final(trainer: Any, workspace: Workspace, *, model: str, init: ModelIni
                 if file.suffix in {".safetensors", ".json"} and not file.name.startswith("tokenizer"):
                     file.replace(workspace.path / file.name)
         tokenizer.save_pretrained(workspace.path)
-        remove_folder(workspace.path / CHECKPOINTS)
     barrier()
 
 

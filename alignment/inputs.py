@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from alignment.artifact import Kind, is_artifact, read_artifact, sha256
-from alignment.policy import check_model
+from alignment.artifact import Kind, folder_hashes, is_artifact, read_artifact, sha256
+from alignment.policy import ModelKind, artifact_of, check_model
 from alignment.recipe import (
     ContextDistillationRecipe,
     Data,
     EvalRewardRecipe,
     EvaluateRecipe,
+    HarmfulnessModelRecipe,
     LabelRecipe,
     PpoRecipe,
     RejectionSamplingRecipe,
@@ -26,15 +27,30 @@ from alignment.recipe import (
     Source,
     StageRecipe,
 )
-from alignment.recipe_scorers import GuardScorer, HttpScorer, JudgeScorer, PythonScorer, RewardModelScorer, ScorerSpec
-from alignment.source_catalog import check_shape, parser_of, source_files
-from reward.checkpoint import check_checkpoint
+from alignment.recipe_agreement import JudgeAgreementRecipe
+from alignment.recipe_attack import JudgeAttackRecipe
+from alignment.recipe_scorers import (
+    GUIDELINES,
+    HOW_IT_IS_RUN,
+    SCORER_SECTIONS,
+    GuardScorer,
+    HarmfulnessScorer,
+    HttpScorer,
+    JudgeScorer,
+    PythonScorer,
+    RewardModelScorer,
+    ScorerSpec,
+    Server,
+)
+from alignment.source_catalog import check_shape, parser_of, rows_needed, source_files
+from reward.checkpoint import adapter_base, check_checkpoint, check_harmfulness_model
 from reward.conversation import fingerprint
+from reward.judge_prompt import Constitution
+from reward.platt import Calibration
 from reward.scorer import ScorerError
-from reward.wire import read_token
+from reward.wire import MIN_TOKEN, read_token
 
-ModelKind = Literal["policy", "reward_model"]
-DataShape = Literal["conversations", "preferences", "prompts"]
+DataShape = Literal["conversations", "preferences", "prompts", "labelled", "graded"]
 
 
 class InputError(ValueError):
@@ -45,6 +61,7 @@ PRODUCT: dict[str, Kind] = {
     "sft": "policy",
     "ppo": "policy",
     "reward_model": "reward_model",
+    "harmfulness_model": "harmfulness_model",
     "rejection_sampling": "conversations",
     "context_distillation": "conversations",
     "label": "preferences",
@@ -70,14 +87,14 @@ def check_inputs(recipe: StageRecipe, *, planned: Mapping[str, Kind] | None = No
         try:
             if model not in planned:
                 check_model(model, kind=kind)
-            elif kind is not None and planned[model] != kind:
-                raise InputError(f"{model} will hold a {planned[model]}, but a {kind} is needed here")
+            elif kind is not None and planned[model] != artifact_of(kind):
+                raise InputError(f"{model} will hold a {planned[model]}, but a {artifact_of(kind)} is needed here")
         except ValueError as error:
             raise InputError(f"{key}: {error}") from error
     for key, source, shape in sources_of(recipe):
         try:
             if source.name == "artifact" and source.path is not None and source.path in planned:
-                check_shape(source.path, planned[source.path], shape)
+                check_shape(source.path, planned[source.path], rows_needed(source, shape))
             else:
                 parser_of(source, shape)
         except ValueError as error:
@@ -100,20 +117,45 @@ def check_scorer(spec: ScorerSpec) -> None:
 
 
 def _check_section(key: str, section: BaseModel) -> None:
+    cache = getattr(section, "cache", None)
+    if cache is not None and Path(cache).is_dir():
+        raise InputError(f"{key}.cache: {cache} is a folder; name a file in it")
     if isinstance(section, PythonScorer):
         _check_function(key, section.function)
-    elif isinstance(section, JudgeScorer) and section.guidelines is not None:
-        _check_file(f"{key}.guidelines", section.guidelines)
+    elif isinstance(section, JudgeScorer):
+        _check_judge(key, section)
     elif isinstance(section, RewardModelScorer) and Path(section.path).is_dir():
         try:
             check_checkpoint(section.path, family=section.family, direction=section.direction, label=section.label)
         except ScorerError as error:
             raise InputError(f"{key}: {error}") from error
-    elif isinstance(section, HttpScorer) and section.token_env is not None:
+    elif isinstance(section, HarmfulnessScorer) and Path(section.model).is_dir():
         try:
-            read_token(section.token_env)
+            check_harmfulness_model(section.model)
+        except ScorerError as error:
+            raise InputError(f"{key}: {error}") from error
+    elif isinstance(section, HttpScorer | Server) and section.token_env is not None:
+        try:
+            read_token(section.token_env, shortest=1 if isinstance(section, Server) else MIN_TOKEN)
         except ScorerError as error:
             raise InputError(f"{key}.token_env: {error}") from error
+
+
+def _check_judge(key: str, section: JudgeScorer) -> None:
+    """Guidelines and calibration are read; that the calibration fits the model is known once that is loaded."""
+    for name in ("guidelines", "calibration"):
+        path: str | None = getattr(section, name)
+        if path is not None:
+            _check_file(f"{key}.{name}", path)
+    try:
+        constitution = Constitution.read(section.guidelines or GUIDELINES)
+        if section.calibration is not None:
+            made_with = {"prompt": section.prompt, "guidelines": constitution.hash}
+            Calibration.read(section.calibration).check(made_with)
+        if section.server is None and Path(section.model).is_dir():
+            adapter_base(section.model)
+    except ScorerError as error:
+        raise InputError(f"{key}: {error}") from error
 
 
 def missing_inputs(recipe: StageRecipe) -> dict[str, Kind]:
@@ -127,27 +169,31 @@ def missing_inputs(recipe: StageRecipe) -> dict[str, Kind]:
             missing[path] = kind
 
     for _, model, kind in models_of(recipe):
-        note(model, kind or "policy")
+        note(model, artifact_of(kind or "policy"))
     for _, source, shape in sources_of(recipe):
-        if source.name == "artifact":
-            note(source.path, shape)
+        needed = rows_needed(source, shape)
+        if source.name == "artifact" and needed not in ("labelled", "graded"):  # no stage makes human labels
+            note(source.path, needed)
     return missing
 
 
 def input_fingerprints(recipe: StageRecipe) -> dict[str, str]:
     """Key of the recipe -> fingerprint of the artifact or hash of the file that it names, as they are now."""
-    found = _named_files(recipe.model_dump(exclude=set(recipe.machine_keys)))
+    caches = {f"{key}.cache" for key, section in sections_of(recipe) if hasattr(section, "cache")}
+    found = _named_files(recipe.model_dump(exclude=set(recipe.machine_keys)), except_for=caches)
     for key, source, _ in sources_of(recipe):
         for file in source_files(source):
             found[f"{key.rpartition('.sources.')[0]}:{source.name}:{file.name}"] = sha256(file)
     return found | _module_hashes(recipe)
 
 
-def _named_files(values: Any) -> dict[str, str]:
+def _named_files(values: Any, *, except_for: Set[str] = frozenset()) -> dict[str, str]:
     """Dotted key -> fingerprint of the artifact or hash of the file that the text there names."""
     found: dict[str, str] = {}
     for key, value in _texts(values, ()):
         path = Path(value)
+        if key in except_for:
+            continue
         if is_artifact(path):
             found[key] = read_artifact(path).fingerprint
         elif path.is_file():
@@ -157,18 +203,14 @@ def _named_files(values: Any) -> dict[str, str]:
 
 def scorer_fingerprint(spec: ScorerSpec) -> str:
     """Changes when a scorer may score otherwise: with its section, and with every artifact, file, model folder and
-    module that it names, as they are now. How it is run (`_HOW_IT_IS_RUN`) does not count."""
-    section = _without(spec.model_dump(mode="json"), _HOW_IT_IS_RUN)
+    module that it names, as they are now. How it is run (`HOW_IT_IS_RUN`) does not count."""
+    section = _without(spec.model_dump(mode="json"), HOW_IT_IS_RUN)
     named: dict[str, Any] = {**_named_files(section), **_module_hashes(spec, "scorer")}
     for key, part in sections_of(spec, "scorer"):
         for model_key, model, _ in _models_of_section(key, part):
             if Path(model).is_dir() and not is_artifact(model):
-                files = sorted(file for file in Path(model).iterdir() if file.is_file())
-                named[model_key] = {file.name: sha256(file) for file in files}
+                named[model_key] = folder_hashes(Path(model))
     return fingerprint([section, named])
-
-
-_HOW_IT_IS_RUN = frozenset({"batch_size", "shared_prefix", "timeout", "deadline", "retries", "token_env"})
 
 
 def _without(value: Any, keys: frozenset[str]) -> Any:
@@ -178,13 +220,15 @@ def _without(value: Any, keys: frozenset[str]) -> Any:
 
 
 def _module_hashes(value: BaseModel, key: str = "") -> dict[str, str]:
-    """Dotted key -> hash of the file that holds the function named there."""
+    """Dotted key -> hash of the file that holds the function named there; of our guidelines, where none are named."""
     found: dict[str, str] = {}
     for name, section in sections_of(value, key):
         if isinstance(section, PythonScorer):
             module = _find_module(section.function.partition(":")[0])
             if module is not None and module.origin is not None and Path(module.origin).is_file():
                 found[f"{name}.function"] = sha256(Path(module.origin))
+        elif isinstance(section, JudgeScorer) and section.guidelines is None:
+            found[f"{name}.guidelines"] = sha256(GUIDELINES)
     return found
 
 
@@ -192,7 +236,7 @@ def models_of(recipe: StageRecipe) -> Iterator[tuple[str, str, ModelKind | None]
     """Every model that the recipe names: (key, model, artifact kind needed)."""
     if isinstance(recipe, SftRecipe | RejectionSamplingRecipe | ContextDistillationRecipe | PpoRecipe):
         yield "model", recipe.model, "policy"
-    if isinstance(recipe, RewardModelRecipe):
+    if isinstance(recipe, RewardModelRecipe | HarmfulnessModelRecipe):
         yield "model", recipe.model, None
     if isinstance(recipe, PpoRecipe) and recipe.value_model is not None:
         yield "value_model", recipe.value_model, "reward_model"
@@ -206,8 +250,21 @@ def models_of(recipe: StageRecipe) -> Iterator[tuple[str, str, ModelKind | None]
 def _models_of_section(key: str, section: BaseModel) -> Iterator[tuple[str, str, ModelKind | None]]:
     if isinstance(section, RewardModelScorer):
         yield f"{key}.path", section.path, "reward_model"
-    elif isinstance(section, JudgeScorer | GuardScorer):
+    elif isinstance(section, HarmfulnessScorer):
+        yield f"{key}.model", section.model, "harmfulness_model"
+    elif isinstance(section, GuardScorer):
         yield f"{key}.model", section.model, "policy"
+    elif isinstance(section, JudgeScorer) and section.server is None:
+        yield f"{key}.model", section.model, "judge"
+
+
+def scorers_of(recipe: StageRecipe) -> dict[str, dict[str, Any]]:
+    """Dotted key -> scorer section with its defaults; the parts of a combination stand inside it."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, section in sections_of(recipe):
+        if isinstance(section, SCORER_SECTIONS) and not any(key.startswith(f"{outer}.") for outer in found):
+            found[key] = section.model_dump(mode="json")
+    return found
 
 
 def data_of(recipe: StageRecipe) -> Iterator[tuple[str, Data, DataShape]]:
@@ -219,6 +276,10 @@ def data_of(recipe: StageRecipe) -> Iterator[tuple[str, Data, DataShape]]:
             yield "data", recipe.data, "preferences"
             if recipe.eval_data is not None:
                 yield "eval_data", recipe.eval_data, "preferences"
+        case HarmfulnessModelRecipe():
+            yield "data", recipe.data, "graded"
+            if recipe.eval_data is not None:
+                yield "eval_data", recipe.eval_data, "graded"
         case RejectionSamplingRecipe() | ContextDistillationRecipe() | PpoRecipe():
             yield "prompts", recipe.prompts, "prompts"
         case LabelRecipe():
@@ -230,6 +291,8 @@ def data_of(recipe: StageRecipe) -> Iterator[tuple[str, Data, DataShape]]:
                 yield f"reward_models.{name}.data", held_out.data, "preferences"
         case EvalRewardRecipe():
             yield "data", recipe.data, "preferences"
+        case JudgeAgreementRecipe() | JudgeAttackRecipe():
+            yield "data", recipe.data, "labelled"
         case _:
             raise TypeError(f"{type(recipe).__name__} says nothing of its data")
 

@@ -15,6 +15,7 @@ from alignment.artifact import Artifact, ArtifactError, Kind, is_artifact, read_
 from alignment.inputs import check_inputs, input_fingerprints, models_of, product_of, sources_of
 from alignment.recipe import PipelineRecipe, StageRecipe, Step
 from alignment.recipe_file import RecipeError, dotted_keys, load_recipe, override_text
+from alignment.stopping import EXIT_STOPPED, StopRequest, stop_on_sigterm
 from alignment.workspace import IN_PROGRESS, complete_artifact
 
 
@@ -51,7 +52,10 @@ def plan(pipeline: PipelineRecipe) -> list[PlannedStep]:
 
 
 def run_pipeline(pipeline: PipelineRecipe, *, dry_run: bool = False) -> int:
-    """Run what is not complete, in order; the exit code of the first step that failed, else 0."""
+    """Run what is not complete, in order; the exit code of the first step that failed, else 0.
+
+    SIGTERM is handed on to the running step; then, as after a step that exits with 75 itself, the code is 75.
+    """
     steps = plan(pipeline)
     for number, step in enumerate(steps, start=1):
         state = "complete" if step.reason is None else f"will run: {step.reason}"
@@ -60,17 +64,21 @@ def run_pipeline(pipeline: PipelineRecipe, *, dry_run: bool = False) -> int:
             print(f"    {shlex.join(step.command)}", flush=True)
     if dry_run:
         return 0
-    for number, step in enumerate(steps, start=1):
-        if complete_artifact(step.recipe) is not None:
-            continue
-        print(f"\n[{number}/{len(steps)}] {step.name}: {shlex.join(step.command)}", flush=True)
-        started = time.monotonic()
-        code = _run(step, log=Path(pipeline.run_dir) / "logs" / f"{step.name}.log")
-        seconds = time.monotonic() - started
-        if code != 0:
-            print(f"[{number}/{len(steps)}] {step.name} failed after {seconds:.0f} s with exit code {code}", flush=True)
-            return code
-        print(f"[{number}/{len(steps)}] {step.name} done in {seconds:.0f} s", flush=True)
+    with stop_on_sigterm() as stop:
+        for number, step in enumerate(steps, start=1):
+            if complete_artifact(step.recipe) is not None:
+                continue
+            print(f"\n[{number}/{len(steps)}] {step.name}: {shlex.join(step.command)}", flush=True)
+            started = time.monotonic()
+            code = _run(step, log=Path(pipeline.run_dir) / "logs" / f"{step.name}.log", stop=stop)
+            took = f"{time.monotonic() - started:.0f} s"
+            if code == EXIT_STOPPED or stop.received:
+                print(f"[{number}/{len(steps)}] {step.name} stopped after {took}; the same command goes on", flush=True)
+                return EXIT_STOPPED
+            if code != 0:
+                print(f"[{number}/{len(steps)}] {step.name} failed after {took} with exit code {code}", flush=True)
+                return code
+            print(f"[{number}/{len(steps)}] {step.name} done in {took}", flush=True)
     return 0
 
 
@@ -88,7 +96,7 @@ def _overrides(pipeline: PipelineRecipe, step: Step) -> list[str]:
 
 
 def _command(recipe: str, overrides: Sequence[str], *, launch: str) -> list[str]:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch]
+    launcher = [sys.executable, "-m", "alignment.launch", "--config_file", launch]
     return [*launcher, "-m", "alignment", "--config", recipe, *overrides]
 
 
@@ -114,8 +122,8 @@ def _reason(recipe: StageRecipe, to_run: set[str]) -> str | None:
     return f"the input {changed[0]} has changed" if changed else "an input is gone"
 
 
-def _run(step: PlannedStep, *, log: Path) -> int:
-    """Run the command; its output goes to the terminal as it comes, and to the log."""
+def _run(step: PlannedStep, *, log: Path, stop: StopRequest) -> int:
+    """Run the command; its output goes to the terminal as it comes, and to the log; SIGTERM goes to the command."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
     with (
@@ -123,6 +131,9 @@ def _run(step: PlannedStep, *, log: Path) -> int:
         subprocess.Popen(step.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as process,
     ):
         assert process.stdout is not None
+        stop.then = process.terminate
+        if stop.received:  # before there was a process to hand it to
+            process.terminate()
         while chunk := os.read(process.stdout.fileno(), 4096):
             file.write(chunk)
             file.flush()

@@ -7,13 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from alignment.artifact import ArtifactError, is_artifact, read_artifact
+from alignment.artifact import ArtifactError, Kind, folder_hashes, is_artifact, read_artifact
 from alignment.distributed import device, uses_deepspeed, whole_weights
 from alignment.embedded import embedded_folder, embedded_source, is_embedded
 from alignment.recipe import Lora, ModelInit
-from reward.dtype import torch_dtype
+from reward.conversation import fingerprint
+from reward.dtype import quantization_config, torch_dtype
 
 Head = Literal["causal_lm", "sequence_classification"]
+ModelKind = Literal["policy", "reward_model", "harmfulness_model", "judge"]
 
 
 class ModelError(ValueError):
@@ -24,11 +26,18 @@ _CONFIGS: dict[str | None, tuple[str, ...]] = {
     None: ("config.json",),
     "policy": ("config.json",),
     "reward_model": ("config.json", "adapter_config.json"),
+    "harmfulness_model": ("config.json",),
+    "judge": ("config.json", "adapter_config.json"),
 }
-"""Files of which a model folder of a kind has one; a reward model may be an adapter with a value head beside it."""
+"""Files of which a model folder of a kind has one: a reward model may be an adapter with a value head, a judge one."""
 
 
-def check_model(model: str, *, kind: Literal["policy", "reward_model"] | None = None) -> None:
+def artifact_of(kind: ModelKind) -> Kind:
+    """The kind of artifact that serves as a model of this kind."""
+    return "policy" if kind == "judge" else kind
+
+
+def check_model(model: str, *, kind: ModelKind | None = None) -> None:
     """Refuse what cannot work before any weight loads: absent package or folder, unfinished or wrong artifact."""
     if is_embedded(model):
         embedded_source(model)
@@ -36,7 +45,7 @@ def check_model(model: str, *, kind: Literal["policy", "reward_model"] | None = 
     path = Path(model)
     if path.is_dir():
         if is_artifact(path) and kind is not None:
-            read_artifact(path, kind=kind)
+            read_artifact(path, kind=artifact_of(kind))
         elif not any((path / name).is_file() for name in _CONFIGS[kind]):
             raise ModelError(f"{path} holds no config.json and no manifest: not a model, or its stage has not finished")
     elif path.is_absolute() or model.startswith((".", "runs/")) or model.count("/") > 1:
@@ -46,6 +55,20 @@ def check_model(model: str, *, kind: Literal["policy", "reward_model"] | None = 
 def resolve_model(model: str) -> str:
     """The folder or hub id to load: converts the embedded model on first use."""
     return str(embedded_folder(model)) if is_embedded(model) else model
+
+
+def model_fingerprint(model: str) -> str:
+    """Changes with a model's files; of a hub id with the commit that was fetched, so ask once it is loaded."""
+    path = Path(resolve_model(model))
+    if is_artifact(path):
+        return read_artifact(path).fingerprint
+    if path.is_dir():
+        return fingerprint(folder_hashes(path))
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [try_to_load_from_cache(model, name) for name in ("config.json", "adapter_config.json")]
+    commits = sorted({Path(file).parent.name for file in found if isinstance(file, str)})
+    return fingerprint([model, commits])
 
 
 def load_tokenizer(model: str, *, init: ModelInit | None = None) -> Any:
@@ -108,7 +131,7 @@ def load_model(
     if init.attn_implementation is not None:
         kwargs["attn_implementation"] = init.attn_implementation
     if init.quantization is not None:
-        kwargs["quantization_config"] = _quantization(init)
+        kwargs["quantization_config"] = quantization_config(init.quantization, init.dtype, device())
     if head == "causal_lm":
         loaded = AutoModelForCausalLM.from_pretrained(resolve_model(model), **kwargs)
     else:
@@ -116,16 +139,6 @@ def load_model(
     if pad_token_id is not None:
         loaded.config.pad_token_id = pad_token_id
     return loaded
-
-
-def _quantization(init: ModelInit) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if init.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch_dtype(init.dtype, device())
-    )
 
 
 def lora_config(lora: Lora, model: Any, *, head: Head) -> Any:
@@ -138,7 +151,7 @@ def lora_config(lora: Lora, model: Any, *, head: Head) -> Any:
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules if lora.last_layers is None else _linear_names(model, lora.last_layers),
         task_type=TaskType.CAUSAL_LM if head == "causal_lm" else TaskType.SEQ_CLS,
-        modules_to_save=None if head == "causal_lm" else ["score"],
+        modules_to_save=None if head == "causal_lm" else ["score", "pooler"],  # encoders have a new pooler, too
     )
 
 

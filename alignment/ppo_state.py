@@ -1,8 +1,10 @@
-"""Around the PPO loop: engine settings, optimizer, checkpoints that survive a kill, and the final policy."""
+"""Around the PPO loop: engine settings, optimizer, what its checkpoints hold, and the final policy."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,36 @@ import torch
 
 from alignment.actor_critic import ActorCritic
 from alignment.artifact import write_json
-from alignment.distributed import barrier, is_main_process, uses_deepspeed, world_size
-from alignment.policy import merge_adapter, remove_folder
+from alignment.checkpoints import CHECKPOINTS, CheckpointError, newest_checkpoint, write_checkpoint
+from alignment.distributed import (
+    barrier,
+    from_all,
+    is_main_process,
+    layout,
+    load_engine,
+    process_index,
+    save_engine,
+    uses_deepspeed,
+    world_size,
+)
+from alignment.policy import merge_adapter
 from alignment.recipe import PpoRecipe
+from alignment.recipe_scorers import NonNegativeInt, Section
+from alignment.training_state import (
+    find_not_finite,
+    load_optimizer,
+    load_random_state,
+    load_weights,
+    random_state,
+    save_optimizer,
+    save_random_state,
+    save_weights,
+)
 from alignment.workspace import Workspace
 
-CHECKPOINTS = "checkpoints"
 STATE = "state.json"
+WHOLE = "whole"
+"""Format of a checkpoint whose weights and optimizer every process holds; `zero2`: shards of that ZeRO stage."""
 
 
 def configure_engine(accelerator: Any, recipe: PpoRecipe) -> None:
@@ -47,41 +72,110 @@ def make_optimizer(model: ActorCritic, recipe: PpoRecipe) -> torch.optim.Optimiz
     )
 
 
-def save_state(accelerator: Any, workspace: Workspace, *, iteration: int, keep: int) -> None:
-    """Everything needed to go on at `iteration`, under a temporary name that is renamed when all processes are done."""
-    folder = workspace.path / CHECKPOINTS
-    temporary, final = folder / f".{iteration}.tmp", folder / f"iteration-{iteration}"
-    if is_main_process():
-        remove_folder(temporary)
-        temporary.mkdir(parents=True)
-    barrier()
-    accelerator.save_state(str(temporary))
-    barrier()
-    if is_main_process():
-        write_json(temporary / STATE, {"iteration": iteration, "world_size": world_size()})
-        temporary.rename(final)
-        for old in _checkpoints(folder)[:-keep]:
-            remove_folder(old)
-    barrier()
+class LoopState(Section):
+    """What an iteration leaves to the next one, beside weights, optimizer and random numbers.
 
-
-def load_state(accelerator: Any, workspace: Workspace) -> int:
-    """Go back to the newest checkpoint; the iteration to run next (0 without one).
-
-    Random numbers need no saving: each iteration derives its seeds from the recipe's.
+    A part of the loop that remembers (a controller, running moments, the window of an alarm) has a field of its own
+    here, with a default for the first iteration: numbers, text, lists, dicts or Sections of these. The loop makes a new
+    LoopState at the end of an iteration and changes none before: an iteration that is stopped is run again from its
+    start. It is saved in `state.json` of each checkpoint.
     """
-    checkpoints = _checkpoints(workspace.path / CHECKPOINTS)
-    if not checkpoints:
-        return 0
-    newest = checkpoints[-1]
-    state = json.loads((newest / STATE).read_text(encoding="utf-8"))
-    if state["world_size"] != world_size():
-        raise RuntimeError(
-            f"{newest} was saved by {state['world_size']} processes, this run has {world_size()}; "
-            f"start as many, or move {workspace.path} away to begin anew"
-        )
-    accelerator.load_state(str(newest))
-    return int(state["iteration"])
+
+    iteration: NonNegativeInt = 0
+    """The one to run next."""
+
+
+@dataclass
+class Checkpoints:
+    """Checkpoints of the loop. `engine` is what trains `model`; every process has its own Checkpoints, used alike.
+
+    With DDP or alone the state is ours (safetensors, JSON); under DeepSpeed the engine writes its own shards.
+    """
+
+    engine: Any
+    model: ActorCritic
+    optimizer: Any
+    workspace: Workspace
+    save_steps: int
+    keep: int
+    _begun: tuple[LoopState, dict[str, Any]] | None = None
+    _on_disk: int = 0
+    """Iteration of the newest checkpoint; the start of iteration 0 needs none."""
+
+    @property
+    def folder(self) -> Path:
+        return self.workspace.path / CHECKPOINTS
+
+    @property
+    def format(self) -> str:
+        return f"zero{layout()['zero_stage']}" if uses_deepspeed() else WHOLE
+
+    @property
+    def _only_trained(self) -> bool:
+        return any(not parameter.requires_grad for parameter in self.model.parameters())
+
+    def begin(self, loop: LoopState) -> None:
+        """At the start of each iteration: what `save` will save from now on; saves it when it is due."""
+        self._begun = (loop, random_state())
+        if loop.iteration % self.save_steps == 0:
+            self.save()
+
+    def save(self) -> None:
+        """The state at the start of the iteration that `begin` named. Weights must not have changed since."""
+        assert self._begun is not None
+        loop, random_numbers = self._begun
+        if loop.iteration == self._on_disk:
+            return
+        broken = next((name for name in from_all(find_not_finite(self.model)) if name is not None), None)
+        if broken is not None:
+            raise FloatingPointError(
+                f"before iteration {loop.iteration}: {broken} is not finite; not saved, the last checkpoint is intact. "
+                "Lower the learning rate and run the same command to go on from it"
+            )
+        with write_checkpoint(self.folder, f"iteration-{loop.iteration}", keep=self.keep) as folder:
+            if uses_deepspeed():
+                save_engine(self.engine, folder, only_trained=self._only_trained)
+            elif is_main_process():
+                save_weights(self.model, folder)
+                save_optimizer(self.optimizer, self.model, folder)
+            save_random_state(random_numbers, folder, rank=process_index())
+            if is_main_process():
+                state = {"format": self.format, "world_size": world_size(), "loop": loop.model_dump(mode="json")}
+                write_json(folder / STATE, state)
+        self._on_disk = loop.iteration
+
+    def load(self) -> LoopState:
+        """Go back to the newest whole checkpoint, if there is one; the state of the loop.
+
+        CheckpointError when all are damaged, or when the newest is of another number of processes or ZeRO stage.
+        """
+        newest = newest_checkpoint(self.folder)
+        if newest is None:
+            return LoopState()
+        state = json.loads((newest / STATE).read_text(encoding="utf-8"))
+        self._check_layout(newest, state)
+        loop = LoopState.model_validate_json(json.dumps(state["loop"]))
+        if uses_deepspeed():
+            load_engine(self.engine, newest, only_trained=self._only_trained)
+        else:
+            load_weights(self.model, newest)
+            load_optimizer(self.optimizer, self.model, newest)
+        load_random_state(newest, rank=process_index())
+        self._on_disk = loop.iteration
+        if is_main_process():
+            print(f"going on from {newest}", flush=True)
+        return loop
+
+    def _check_layout(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+        saved, here = (state["format"], state["world_size"]), (self.format, world_size())
+        if saved == here:
+            return
+        sizes = [f"{size} process{'' if size == 1 else 'es'} ({name})" for name, size in (saved, here)]
+        advice = f"start it as it was, or move {self.folder} away to begin anew"
+        if saved[0] == here[0] == WHOLE:
+            command = f"sara convert-checkpoint {self.workspace.path} --processes {here[1]}"
+            advice = f"start as many, or convert it: {command}"
+        raise CheckpointError(f"{checkpoint} was saved by {sizes[0]}, this run has {sizes[1]}; {advice}")
 
 
 def save_policy(
@@ -96,7 +190,7 @@ def save_policy(
         if recipe.lora is None:
             model.policy.save_pretrained(workspace.path, state_dict=policy)
         else:
-            adapter = workspace.path / CHECKPOINTS / "final"
+            adapter = workspace.path / CHECKPOINTS / ".final"
             model.policy.save_pretrained(adapter, state_dict=policy)
             merge_adapter(
                 recipe.model,
@@ -107,11 +201,4 @@ def save_policy(
                 pad_token_id=tokenizer.pad_token_id,
             )
         tokenizer.save_pretrained(workspace.path)
-        remove_folder(workspace.path / CHECKPOINTS)
     barrier()
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [path for path in folder.glob("iteration-*") if (path / STATE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("iteration-")))

@@ -10,6 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from alignment.recipe_parts import Data, Lora, ModelInit
+from alignment.recipe_parts import Source as Source
 from alignment.recipe_scorers import (
     Finite,
     Fraction,
@@ -19,58 +21,9 @@ from alignment.recipe_scorers import (
     PositiveInt,
     ScorerSpec,
     Section,
+    check_bounded,
 )
 from reward.conversation import RATINGS, fingerprint
-from reward.dtype import Dtype
-
-# ------------------------------------------------------------------------------------------------ models
-
-
-class ModelInit(Section):
-    """How weights are loaded."""
-
-    dtype: Dtype = "float32"
-    attn_implementation: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    quantization: Literal["int8", "nf4"] | None = None
-
-
-class Lora(Section):
-    """Low-rank adapters. `last_layers`: adapt only the last n layers (None: all)."""
-
-    r: PositiveInt = 16
-    alpha: PositiveInt = 32
-    dropout: Fraction = 0.0
-    target_modules: str | list[str] = "all-linear"
-    last_layers: PositiveInt | None = None
-
-
-# -------------------------------------------------------------------------------------------------- data
-
-
-class Source(Section):
-    """Where rows come from; see `alignment/sources.py` for the names.
-
-    `path`: hub id or local file or folder in place of the source's own; `weight`: share of the mixture (None: all);
-    `columns`: our field -> column of the file, for `name: file`.
-    """
-
-    name: str
-    path: str | None = None
-    split: str = "train"
-    weight: PositiveFloat | None = None
-    max_rows: PositiveInt | None = None
-    columns: dict[str, str] | None = None
-
-
-class Data(Section):
-    """A mixture of sources. Rows longer than `max_length` tokens are dropped and counted, never cut."""
-
-    sources: Annotated[list[Source], Field(min_length=1)]
-    max_length: PositiveInt = 4096
-    shuffle: bool = True
-
 
 # ----------------------------------------------------------------------------------------------- training
 
@@ -197,6 +150,32 @@ class RewardModelRecipe(StageRecipe):
         return self
 
 
+class HarmfulnessModelRecipe(StageRecipe):
+    """A model of people's grades of harm, 0 to 4 (Safety-Tuned LLaMAs, arXiv 2309.07875).
+
+    Texts over `data.max_length` tokens lose the end at `truncation_side`, and are counted.
+    """
+
+    stage: Literal["harmfulness_model"] = "harmfulness_model"
+    model: str
+    model_init: ModelInit = ModelInit()
+    lora: Lora | None = None
+    data: Data
+    eval_data: Data | None = None
+    truncation_side: Literal["left", "right"] = "left"
+    training: Training = Training(  # [GAP] of the published models nothing is known but the base
+        learning_rate=1e-5,
+        lr_scheduler_type="linear",
+        warmup_ratio=0.06,
+        weight_decay=0.01,
+        adam_beta2=0.999,
+        adam_epsilon=1e-6,
+        num_train_epochs=2.0,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=8,
+    )
+
+
 class RejectionSamplingRecipe(StageRecipe):
     """Best of K as new fine-tuning data (Llama 2, section 3.2.3). `keep_unfinished`: answers cut off may win too."""
 
@@ -238,6 +217,11 @@ class LabelRecipe(StageRecipe):
     threshold: Fraction = 0.5
     max_unscored: Fraction = 0.01
     overwrite_labels: bool = False
+
+    @model_validator(mode="after")
+    def _labels_by_a_0_1_score(self) -> LabelRecipe:
+        check_bounded(self.scorer, key="scorer")
+        return self
 
 
 class Ppo(Optimizer):
@@ -332,6 +316,12 @@ class EvaluateRecipe(StageRecipe):
     reward_models: dict[str, PreferenceSet] = {}
     sampling: Sampling = Sampling(temperature=0.0)
 
+    @model_validator(mode="after")
+    def _violations_by_0_1_scores(self) -> EvaluateRecipe:
+        for name, spec in self.violation_scorers.items():
+            check_bounded(spec, key=f"violation_scorers.{name}")
+        return self
+
 
 class EvalRewardRecipe(StageRecipe):
     """What `sara eval-reward` measures; not a stage of a pipeline. `second`: a scorer to see the same answers with."""
@@ -345,6 +335,7 @@ class EvalRewardRecipe(StageRecipe):
 RECIPES: dict[str, type[StageRecipe]] = {
     "sft": SftRecipe,
     "reward_model": RewardModelRecipe,
+    "harmfulness_model": HarmfulnessModelRecipe,
     "rejection_sampling": RejectionSamplingRecipe,
     "ppo": PpoRecipe,
     "context_distillation": ContextDistillationRecipe,

@@ -71,6 +71,17 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
 
 
+def parse_section(text: str, *, key: str) -> dict[str, Any]:
+    """A section given on a command line, `{type: refusal}`; `key` names it in errors."""
+    try:
+        values = parse_yaml(text)
+    except (yaml.YAMLError, RecipeError) as error:
+        raise RecipeError(f"{key}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{key}: expected keys and values in braces, got {type(values).__name__}")
+    return values
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds one mapping."""
     if not path.is_file():
@@ -209,7 +220,8 @@ def _explain(model: type[BaseModel], item: Any, *, where: str) -> str:
     if item["type"] == "missing":
         return f"{where}: the key {key!r} is missing"
     value = item.get("input")
-    shown = "" if isinstance(value, dict | list) else f", got {value!r}"
+    secret = location[-1:] == ["token_env"]  # somebody wrote the key itself there
+    shown = "" if secret or isinstance(value, dict | list) else f", got {value!r}"
     return f"{where}: {key}: {item['msg'].removeprefix('Value error, ')}{shown}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,15 +77,20 @@ def collect_rollout(
     recipe: PpoRecipe,
     iteration: int,
     accelerator: Any,
+    between_batches: Callable[[], None] | None = None,
 ) -> Rollout:
-    """Answer the prompts with the current policy, then evaluate policy, reference and values on the answers."""
+    """Answer the prompts with the current policy, then evaluate policy, reference and values on the answers.
+
+    `between_batches` is called on all processes together before each batch of answers, and may raise.
+    """
     from trl.models.utils import unwrap_model_for_generation
 
     batch, rows = prompts
     engine.eval()
     # Under ZeRO-3 this gathers the weights, once per rollout.
     with unwrap_model_for_generation(engine, accelerator), accelerator.autocast():
-        prompt_ids, completion_ids = sample_answers(generator, batch, rows, seed=derive_seed(recipe.seed, iteration))
+        seed = derive_seed(recipe.seed, iteration)
+        prompt_ids, completion_ids = sample_answers(generator, batch, rows, seed=seed, between_batches=between_batches)
     texts = [generator.renderer.decode(ids) for ids in completion_ids]
     with accelerator.autocast():  # the engine brings its own, the reference does not
         mask, logprobs, ref_logprobs, entropies, values = evaluate_tokens(
@@ -111,7 +116,12 @@ def collect_rollout(
 
 
 def sample_answers(
-    generator: Generator, prompts: Sequence[Prompt], rows: Sequence[int], *, seed: int
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    rows: Sequence[int],
+    *,
+    seed: int,
+    between_batches: Callable[[], None] | None = None,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of prompts and answers (end token included), in the given order.
 
@@ -120,6 +130,8 @@ def sample_answers(
     prompt_ids = [generator.renderer.render_prompt(p, max_length=generator.sampling.max_prompt_tokens) for p in prompts]
     completion_ids: list[list[int]] = []
     for positions in batched(range(len(prompts)), generator.sampling.batch_size):
+        if between_batches is not None:
+            between_batches()
         torch.manual_seed(derive_seed(seed, rows[positions[0]]))
         ids, prompt_length = generator.sample([prompt_ids[i] for i in positions])
         completion_ids.extend(_through_end(row, generator.renderer.end_ids) for row in ids[:, prompt_length:].tolist())

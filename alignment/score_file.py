@@ -10,7 +10,7 @@ import fcntl
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +19,7 @@ from alignment.artifact import sha256, write_json
 from alignment.inputs import InputError
 from alignment.progress import Progress
 from reward.conversation import Conversation, RecordError, Tags, parse_messages, read_json_lines
-from reward.scorer import Score, Scorer, score_all
+from reward.scorer import Scale, Score, Scorer, score_all
 
 CHUNK_SIZE = 128
 STATE, PARTIAL = ".state.json", ".partial"
@@ -60,12 +60,32 @@ def score_file(
             write_json(state, asdict(run))
         if done < run.lines:
             loaded = load()
-            write_json(state, asdict(run) | {"name": loaded.name, "scale": loaded.scale})
+            who = {"name": loaded.name, "scale": loaded.scale, "made_with": getattr(loaded, "provenance", {})}
+            write_json(state, asdict(run) | who)
             _score_from(done, loaded, run, source, file, chunk_size)
         if sha256(source) != run.input:
             raise InputError(f"{source} has changed while it was scored; remove {partial} and score it again")
         partial.replace(output)
     return run.lines, _count_unscored(output)
+
+
+@dataclass(frozen=True)
+class ScoresFile:
+    """A complete file of scores, in order, and who gave them. `made_with`: a judge's `provenance`; empty for others."""
+
+    name: str
+    scale: Scale
+    made_with: Mapping[str, str]
+    scores: Sequence[Score]
+
+
+def read_scores(output: Path) -> ScoresFile:
+    """What `score_file` left; InputError when that is not complete."""
+    known = _read_state(Path(f"{output}{STATE}")) or {}
+    if not output.is_file() or not {"name", "scale", "made_with"} <= known.keys():
+        raise InputError(f"{output} is no complete file of scores with its {STATE}; remove both and score again")
+    scores = [Score(row["value"], row["reason"]) for _, row in read_json_lines(output)]
+    return ScoresFile(known["name"], known["scale"], known["made_with"], scores)
 
 
 def check_lines(source: Path) -> tuple[str, int]:

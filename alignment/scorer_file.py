@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-import yaml
-
 from alignment.recipe import RECIPES
-from alignment.recipe_file import RecipeError, load_recipe, parse_yaml, read_yaml, validate
+from alignment.recipe_file import RecipeError, load_recipe, parse_section, read_yaml, validate
 from alignment.recipe_scorers import RewardModelScorer, ScorerSpec, Section
 
 
@@ -29,11 +28,7 @@ def read_scorer(text: str) -> ScorerSpec:
     if not text.strip():
         raise RecipeError("the scorer is empty; name a reward model, a YAML file or a section in braces")
     if text.lstrip().startswith("{"):
-        try:
-            section = parse_yaml(text)
-        except (yaml.YAMLError, RecipeError) as error:
-            raise RecipeError(f"scorer: {' '.join(str(error).split())}") from error
-        return validate(ScorerFile, {"scorer": section}, where="command line").scorer
+        return validate(ScorerFile, {"scorer": parse_section(text, key="scorer")}, where="command line").scorer
     path = Path(text)
     if path.suffix.lower() not in {".yaml", ".yml"}:
         return RewardModelScorer(path=text)
@@ -45,3 +40,23 @@ def read_scorer(text: str) -> ScorerSpec:
         stages = [name for name, recipe in RECIPES.items() if "scorer" in recipe.model_fields]
         raise RecipeError(f"{path}: a {values['stage']} recipe has no key 'scorer'; those of {', '.join(stages)} have")
     return scorer
+
+
+_NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,63})=(.+)", re.DOTALL)
+_MAX_NAME = 64
+
+
+def read_named_scorer(text: str) -> tuple[str, ScorerSpec]:
+    """`before={type: judge, model: ...}`, or a scorer alone, named after its type and its model; see `read_scorer`."""
+    match = _NAMED.fullmatch(text.strip())
+    if match is not None:
+        return match[1], read_scorer(match[2])
+    spec = read_scorer(text)
+    return _name_of(spec), spec
+
+
+def _name_of(spec: ScorerSpec) -> str:
+    """Such as `judge-SmolLM2-135M-Instruct`: letters, digits and `_.-`, as a file name has them."""
+    named: list[str] = [getattr(spec, key) for key in ("model", "path", "function", "url") if hasattr(spec, key)]
+    words = [spec.type, *(name.rstrip("/").rpartition("/")[2] for name in named)]
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(words))[:_MAX_NAME].rstrip("-")

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alignment.distributed import device, whole_weights
-from alignment.policy import resolve_model
+from alignment.distributed import device, is_main_process, whole_weights
+from alignment.policy import model_fingerprint, resolve_model
 from alignment.recipe_scorers import (
+    GUIDELINES,
+    HOW_IT_IS_RUN,
     GuardScorer,
+    HarmfulnessScorer,
     HttpScorer,
     JudgeScorer,
     Lagrangian,
     Llama2Scorer,
     Minimum,
+    ModerationScorer,
     PythonScorer,
     RefusalScorer,
     RewardModelScorer,
     ScorerSpec,
+    Server,
     WeightedSum,
 )
+from reward.conversation import fingerprint
 from reward.scorer import FunctionScorer, LagrangianScorer, MinimumScorer, PiecewiseScorer, Scorer, WeightedSumScorer
 
-GUIDELINES = Path(__file__).parent / "data" / "guidelines" / "default.md"
+if TYPE_CHECKING:
+    from reward.backends import ChatBackend, TransformersBackend
+    from reward.judge import Judge
+    from reward.remote import ModelServer
 
 
 def build_scorer(spec: ScorerSpec) -> Scorer:
@@ -30,10 +41,14 @@ def build_scorer(spec: ScorerSpec) -> Scorer:
     match spec:
         case RewardModelScorer():
             return _reward_model(spec)
+        case HarmfulnessScorer():
+            return _harmfulness(spec)
         case JudgeScorer():
             return _judge(spec)
         case GuardScorer():
             return _guard(spec)
+        case ModerationScorer():
+            return _moderation(spec)
         case RefusalScorer():
             from reward.refusal import RefusalRuleScorer
 
@@ -72,24 +87,67 @@ def _reward_model(spec: RewardModelScorer) -> Scorer:
         )
 
 
+def _harmfulness(spec: HarmfulnessScorer) -> Scorer:
+    from alignment.progress import Progress
+    from reward.families import Loading
+    from reward.harmfulness import AbsoluteHarmfulness
+
+    loading = Loading(dtype=spec.dtype, device=device(), batch_size=spec.batch_size)
+    with whole_weights():
+        return AbsoluteHarmfulness.load(
+            spec.model,
+            revision=spec.revision,
+            truncation_side=spec.truncation_side,
+            max_length=spec.max_length,
+            threshold=spec.threshold,
+            progress=Progress if spec.progress else None,
+            loading=loading,
+        )
+
+
 def _judge(spec: JudgeScorer) -> Scorer:
     from reward.backends import TransformersBackend
-    from reward.judge import Constitution
-    from reward.judge import JudgeScorer as Judge
+    from reward.judge_prompt import SAFETY_LLAMA_TEMPLATE
+    from reward.remote import RemoteBackend
 
-    text = Path(spec.guidelines or GUIDELINES).read_text(encoding="utf-8")
+    if spec.server is not None:
+        server = _server(spec.server, spec.model)
+        return _cached(_judge_on(RemoteBackend(server), spec), spec, lambda: server.identity)
     with whole_weights():
         backend = TransformersBackend.load(
-            resolve_model(spec.model), dtype=spec.dtype, batch_size=spec.batch_size, device=device()
+            resolve_model(spec.model),
+            dtype=spec.dtype,
+            batch_size=spec.batch_size,
+            device=device(),
+            chat_template=SAFETY_LLAMA_TEMPLATE if spec.prompt == "safety_llama" else None,
+            quantization=spec.quantization,
+            shared_prefix=spec.shared_prefix,
         )
-    return Judge(backend, Constitution(text), mode=spec.mode, max_length=spec.max_length)
+    if spec.mode == "score" and spec.shared_prefix and backend.why_unshared is not None and is_main_process():
+        print(f"the judge reads its guidelines anew for every conversation: {backend.why_unshared}", flush=True)
+    return _cached(_judge_on(backend, spec), spec, lambda: _identity(spec.model, backend))
+
+
+def _judge_on(backend: ChatBackend, spec: JudgeScorer) -> Judge:
+    from reward.judge import JudgeScorer as ChatJudge
+    from reward.judge_prompt import Constitution
+    from reward.platt import Calibration
+
+    return ChatJudge(
+        backend,
+        Constitution.read(spec.guidelines or GUIDELINES),
+        mode=spec.mode,
+        max_length=spec.max_length,
+        prompt=spec.prompt,
+        calibration=None if spec.calibration is None else Calibration.read(spec.calibration),
+    )
 
 
 def _guard(spec: GuardScorer) -> Scorer:
     from reward.guard import GuardScorer as Guard
 
     with whole_weights():
-        return Guard.load(
+        guard = Guard.load(
             resolve_model(spec.model),
             spec.format,
             dtype=spec.dtype,
@@ -98,10 +156,48 @@ def _guard(spec: GuardScorer) -> Scorer:
             max_length=spec.max_length,
             name=Path(spec.model).name,
         )
+    return _cached(guard, spec, lambda: _identity(spec.model, guard.backend))
+
+
+def _moderation(spec: ModerationScorer) -> Scorer:
+    from reward.moderation import ModerationJudge
+
+    server = _server(spec.server, spec.model)
+    return _cached(ModerationJudge(server, threshold=spec.threshold), spec, lambda: server.identity)
+
+
+def _server(spec: Server, model: str) -> ModelServer:
+    from reward.remote import ModelServer
+    from reward.wire import read_token
+
+    return ModelServer.at(
+        spec.url,
+        model=model,
+        token=None if spec.token_env is None else read_token(spec.token_env, shortest=1),
+        concurrency=spec.concurrency,
+        timeout=spec.timeout,
+        deadline=spec.deadline,
+        retries=spec.retries,
+    )
+
+
+def _identity(model: str, backend: TransformersBackend) -> str:
+    """Of the files that were named, and of what was made of them: an adapter's base, a number format."""
+    return f"{model_fingerprint(model)} {backend.fingerprint} {backend.model.dtype}"
+
+
+def _cached(judge: Judge, spec: JudgeScorer | GuardScorer | ModerationScorer, model: Callable[[], str]) -> Scorer:
+    """`judge` behind the verdicts that stand in its file already. `model` tells who it is, where that is asked."""
+    from reward.verdict_cache import CachedJudge, VerdictCache
+
+    if spec.cache is None:
+        return judge
+    settings = spec.model_dump(mode="json", exclude={*HOW_IT_IS_RUN, "model", "server", "guidelines"})
+    return CachedJudge(judge, VerdictCache(Path(spec.cache)), fingerprint([model(), settings]))
 
 
 def _http(spec: HttpScorer) -> Scorer:
-    from reward.http import Endpoint
+    from reward.endpoint import Endpoint
     from reward.http import HttpScorer as Client
     from reward.wire import read_token
 

@@ -1,4 +1,4 @@
-"""The data sets by name: what each can give, where it is read from, and its splits.
+"""What a source of a recipe can give, where it is read from, and its splits.
 
 Where a source is read from, in this order: `path` of the recipe (a local file or folder, else a hub id), the data set's
 folder below SARA_DATA_DIR when that variable is set and the folder exists, the hub.
@@ -13,70 +13,22 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from alignment.artifact import Artifact, ArtifactError, Kind, read_artifact, sha256
 from alignment.recipe import Source
 from alignment.source_files import Row, SourceError, is_data_file, read_rows
-from alignment.source_formats import (
-    Join,
-    Parser,
-    Shape,
-    check_columns,
-    column_parser,
-    hh_conversation,
-    hh_preference,
-    hh_prompt,
-    instruction_conversation,
-    instruction_prompt,
-    labelled_answer,
-    pair_answers,
-    pku_conversation,
-    pku_preference,
-    prompt_of,
-    safe_answer,
-    safety_tuned_llamas_tags,
-    starter_conversation,
-    starter_preference,
-    starter_safety_tags,
-    text_prompt,
-    xstest_tags,
-)
-from reward.conversation import Tags
+from alignment.source_formats import Parser, Shape, check_columns, column_parser, prompt_of
+from alignment.source_sets import SOURCES, TABLE_SHAPES, SourceInfo
+from reward.conversation import Conversation, Graded
 
 DATA_DIR = "SARA_DATA_DIR"
 RECORDS = "records.jsonl"
 """The file of an artifact that holds conversations, preferences or prompts."""
-
-_TABLE_SHAPES: tuple[Shape, ...] = ("preferences", "conversations", "prompts", "labelled")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceInfo:
-    """A data set: how its rows become records of each shape it can give, and where it lies.
-
-    `tags`: tags of a row's prompt (None: the rows bring their own); `join`: rows -> rows, before parsing, for data sets
-    whose records span several rows; `data_dir`, `hub_splits`: folder and split names on the hub; `folder`, `pattern`:
-    below SARA_DATA_DIR, and the files to read there; `package_file`: part of this package; `split_column`: names the
-    split of each row; `whole`: the only split names allowed, all of which mean every row.
-    """
-
-    shapes: Mapping[Shape, Parser]
-    tags: Callable[[Row], Tags] | None
-    join: Mapping[Shape, Join] = field(default_factory=dict[Shape, Join])
-    hub: str | None = None
-    data_dir: str | None = None
-    hub_splits: Mapping[str, str] = field(default_factory=dict[str, str])
-    origin: str | None = None
-    folder: str | None = None
-    pattern: str = "*"
-    package_file: str | None = None
-    split_column: str | None = None
-    whole: tuple[str, ...] = ()
 
 
 def check_source(source: Source) -> None:
@@ -86,7 +38,7 @@ def check_source(source: Source) -> None:
     if source.columns is not None and not is_table:
         raise SourceError(f"{source.name} has columns of its own; leave out `columns`, or use name: file or hub")
     if source.columns is not None:
-        check_columns(source.columns, _TABLE_SHAPES)
+        check_columns(source.columns, TABLE_SHAPES)
     if source.path is None and (is_table or source.name == "artifact"):
         raise SourceError(f"{source.name} needs `path`")
     if info.whole and source.split not in info.whole:
@@ -110,14 +62,34 @@ def parser_of(source: Source, shape: Shape) -> Parser:
     """The parser of a source for a shape; every fault that can be found without reading its rows is found here."""
     check_source(source)
     info = source_info(source.name)
+    if source.grade is not None:
+        return _graded_parser(source, source.grade, shape)
     if source.name == "artifact":
         return _artifact_parser(source, shape)
+    if shape == "graded" and shape not in info.shapes:
+        raise SourceError(f"{source.name} brings no grades; give each of its conversations one by `grade`")
     if shape not in info.shapes:
         able = sorted(name for name, other in SOURCES.items() if shape in other.shapes)
         raise SourceError(
             f"{source.name} gives no {shape}, but {', '.join(sorted(info.shapes))}; {shape}: {', '.join(able)}"
         )
     return column_parser(shape, source.columns) if source.columns is not None else info.shapes[shape]
+
+
+def _graded_parser(source: Source, grade: float, shape: Shape) -> Parser:
+    """One grade for every conversation of a source that brings none."""
+    has_grades = "graded" in source_info(source.name).shapes and source.name not in ("file", "hub")
+    if has_grades:
+        raise SourceError(f"{source.name} brings grades of its own; leave out `grade`")
+    if shape != "graded":
+        raise SourceError(f"{source.name}: `grade` is for graded conversations, but {shape} are needed here")
+    parse = parser_of(source.model_copy(update={"grade": None}), "conversations")
+    return lambda row: Graded(cast("Conversation", parse(row)), grade)
+
+
+def rows_needed(source: Source, shape: Shape) -> Shape:
+    """What the rows of a source must give for `shape`: conversations, where the recipe grades them."""
+    return "conversations" if source.grade is not None and shape == "graded" else shape
 
 
 def _artifact_parser(source: Source, shape: Shape) -> Parser:
@@ -130,7 +102,7 @@ def _artifact_parser(source: Source, shape: Shape) -> Parser:
 
 def check_shape(path: str, kind: Kind, shape: Shape) -> Shape:
     """The shape of an artifact's own rows; SourceError when they cannot give `shape`."""
-    own: dict[str, Shape] = {name: name for name in _TABLE_SHAPES[:3]}
+    own: dict[str, Shape] = {name: name for name in TABLE_SHAPES[:3]}
     if kind not in own or shape not in (kind, "prompts"):
         raise SourceError(f"the artifact {path} holds {kind}, but {shape} are needed here")
     return own[kind]
@@ -270,90 +242,3 @@ def _hub_rows(name: str, table: Iterable[dict[str, Any]], hashes: dict[str, str]
         digest.update(json.dumps(values, sort_keys=True, default=str).encode())
         yield Row(values, name, line)
     hashes[name] = digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------- the sources
-
-
-def _starter(name: str, tags: Callable[[Row], Tags]) -> SourceInfo:
-    return SourceInfo(
-        shapes={"preferences": starter_preference, "conversations": starter_conversation, "prompts": text_prompt},
-        tags=tags,
-        package_file=f"data/starter/{name}.jsonl",
-        split_column="split",
-    )
-
-
-def _hh(folder: str, *, is_safety: bool) -> SourceInfo:
-    return SourceInfo(
-        shapes={"preferences": hh_preference, "conversations": hh_conversation, "prompts": hh_prompt},
-        tags=lambda row: Tags(is_safety=is_safety),
-        hub="Anthropic/hh-rlhf",
-        data_dir=folder,
-        folder=f"hh_{folder.replace('-', '_')}",
-    )
-
-
-_TABLE: dict[Shape, Parser] = {shape: column_parser(shape, None) for shape in _TABLE_SHAPES}
-
-SOURCES: dict[str, SourceInfo] = {
-    "starter_safety": _starter("safety", starter_safety_tags),
-    "starter_borderline": _starter("borderline", lambda row: Tags(borderline=True)),
-    "starter_twins": _starter("twins", lambda row: Tags(borderline=True)),
-    "starter_helpful": _starter("helpful", lambda row: Tags()),
-    "hh_harmless": _hh("harmless-base", is_safety=True),
-    "hh_helpful": _hh("helpful-base", is_safety=False),
-    "pku_saferlhf": SourceInfo(
-        shapes={"preferences": pku_preference, "conversations": pku_conversation, "prompts": text_prompt},
-        tags=lambda row: Tags(is_safety=True),
-        hub="PKU-Alignment/PKU-SafeRLHF",
-        folder="pku_saferlhf_pairs",
-    ),
-    "beavertails": SourceInfo(
-        shapes={
-            "preferences": column_parser("preferences", None),
-            "conversations": safe_answer,
-            "prompts": text_prompt,
-            "labelled": labelled_answer,
-        },
-        tags=lambda row: Tags(is_safety=True),
-        join={"preferences": pair_answers},
-        hub="PKU-Alignment/BeaverTails",
-        hub_splits={"train": "330k_train", "test": "330k_test"},
-        folder="beavertails_labels",
-    ),
-    "safety_tuned_llamas": SourceInfo(
-        shapes={"conversations": instruction_conversation, "prompts": instruction_prompt},
-        tags=lambda row: Tags(is_safety=True),
-        origin="github.com/vinid/safety-tuned-llamas (data/training)",
-        folder="safety_sft",
-        pattern="safety_only_data_Instructions*",
-    ),
-    "safety_tuned_llamas_eval": SourceInfo(
-        shapes={"prompts": instruction_prompt},
-        tags=safety_tuned_llamas_tags,
-        origin="github.com/vinid/safety-tuned-llamas (data/evaluation)",
-        folder="safety_tuned_llamas_eval",
-        whole=("test", "all"),
-    ),
-    "alpaca": SourceInfo(
-        shapes={"conversations": instruction_conversation, "prompts": instruction_prompt},
-        tags=lambda row: Tags(),
-        hub="tatsu-lab/alpaca",
-        folder="alpaca_small",
-        pattern="alpaca_data*",
-    ),
-    "xstest": SourceInfo(
-        shapes={"prompts": text_prompt},
-        tags=xstest_tags,
-        hub="Paul/XSTest",
-        folder="xstest",
-        pattern="xstest*prompts*",
-        whole=("test", "all"),
-    ),
-    "artifact": SourceInfo(
-        shapes={shape: _TABLE[shape] for shape in _TABLE_SHAPES[:3]}, tags=None, whole=("train", "all")
-    ),
-    "file": SourceInfo(shapes=_TABLE, tags=None),
-    "hub": SourceInfo(shapes=_TABLE, tags=None),
-}

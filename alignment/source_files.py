@@ -65,11 +65,20 @@ def is_data_file(path: Path) -> bool:
 
 
 def _read_json_lines(file: BinaryIO, name: str) -> Iterator[Row]:
+    """One object a line; or, whatever the name says, an array of objects, as Anthropic's red-team attempts are."""
+    begins_array = _ARRAY_OF_OBJECTS.match(file.read(_HEAD_BYTES))
+    file.seek(0)
+    if begins_array:
+        yield from _read_json(file, name)
+        return
     for line, raw in enumerate(file, start=1):
         if not raw.strip():
             continue
         try:
-            value = _DECODER.decode(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
+            text = raw.rstrip(b"\r\n").decode("utf-8-sig" if line == 1 else "utf-8")
+            value = _DECODER.decode(text)
+        except json.JSONDecodeError as error:  # its own line number counts within this one line
+            raise SourceError(f"{name}:{line}: not a JSON object: {error.msg}: column {error.pos + 1}") from error
         except (ValueError, RecursionError) as error:
             raise SourceError(f"{name}:{line}: not a JSON object: {error}") from error
         yield Row(_object(value, name, line), name, line)
@@ -109,12 +118,15 @@ def _read_csv(file: BinaryIO, name: str) -> Iterator[Row]:
     if len(set(header)) != len(header):
         raise SourceError(f"{name}:1: a column name stands twice in {header}")
     line = reader.line_num + 1
-    for cells in reader:
-        if cells and len(cells) != len(header):
-            raise SourceError(f"{name}:{line}: {len(cells)} fields, but the header has {len(header)}")
-        if cells:
-            yield Row(dict(zip(header, cells, strict=True)), name, line)
-        line = reader.line_num + 1
+    try:
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise SourceError(f"{name}:{line}: {len(cells)} fields, but the header has {len(header)}")
+            if cells:
+                yield Row(dict(zip(header, cells, strict=True)), name, line)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise SourceError(f"{name}:{line}: not a CSV row: {error}") from error
 
 
 def _read_parquet(file: BinaryIO, name: str) -> Iterator[Row]:
@@ -153,6 +165,8 @@ def _no_constant(name: str) -> None:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+_HEAD_BYTES = 1024
+_ARRAY_OF_OBJECTS = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*\[[ \t\r\n]*\{")
 _ARRAY = re.compile(r'[ \t\r\n]*(\{[ \t\r\n]*"instructions"[ \t\r\n]*:[ \t\r\n]*)?\[[ \t\r\n]*')
 _SPACE = re.compile(r"[ \t\r\n]*")
 

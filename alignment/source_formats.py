@@ -15,9 +15,20 @@ from pathlib import PurePath
 from typing import Any, Literal, cast
 
 from alignment.source_files import Row, SourceError
-from reward.conversation import Conversation, Message, Preference, Prompt, RecordError, Role, Tags, parse_messages
+from reward.conversation import (
+    MAX_GRADE,
+    Conversation,
+    Graded,
+    Message,
+    Preference,
+    Prompt,
+    RecordError,
+    Role,
+    Tags,
+    parse_messages,
+)
 
-Shape = Literal["preferences", "conversations", "prompts", "labelled"]
+Shape = Literal["preferences", "conversations", "prompts", "labelled", "graded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +55,7 @@ class LabelledConversation:
         return self.conversation.prompt
 
 
-SourceRecord = Prompt | Conversation | Preference | LabelledConversation
+SourceRecord = Prompt | Conversation | Preference | LabelledConversation | Graded
 Parser = Callable[[Row], SourceRecord]
 Join = Callable[[Iterable[Row]], Iterator[Row | Skipped]]
 
@@ -91,6 +102,23 @@ def hh_prompt(row: Row) -> Prompt:
     return Conversation(parse_transcript(row["chosen"])).prompt
 
 
+def red_team_attempt(row: Row) -> Graded:
+    """A transcript with the rating of the person who attacked: how far the attack succeeded."""
+    return Graded(_conversation(parse_transcript(row["transcript"])), read_grade(row["rating"]))
+
+
+def read_grade(value: Any) -> Any:
+    """A grade as `Graded` takes it; a number written as text is one too, since CSV has nothing else."""
+    if value is None or value == "":
+        raise RecordError("grade is missing")
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError as error:
+        raise RecordError(f"grade must be a number from 0 to {MAX_GRADE:g}, got {value!r}") from error
+
+
 def _pair_of(chosen: Sequence[Message], rejected: Sequence[Message]) -> Preference:
     """The turns before the last answer are the prompt; both sides must share them."""
     better, worse = Conversation(tuple(chosen)), Conversation(tuple(rejected))
@@ -120,7 +148,7 @@ def pku_preference(row: Row) -> Preference:
         return Preference(text_prompt(row), row["chosen"], row["rejected"])
     safer = row["safer_response_id"]
     labels = [row["is_response_0_safe"], row["is_response_1_safe"]]
-    if isinstance(safer, bool) or safer not in (0, 1):
+    if not isinstance(safer, int) or isinstance(safer, bool) or safer not in (0, 1):
         raise RecordError(f"safer_response_id must be 0 or 1, got {safer!r}")
     if labels[safer] is False and labels[1 - safer] is True:
         raise RecordError("chosen unsafe, rejected safe")  # Llama 2 leaves such pairs out (section 3.2.2)
@@ -243,8 +271,15 @@ _FIELDS: dict[Shape, tuple[str, ...]] = {
     "preferences": ("prompt", "chosen", "rejected", "rating", "chosen_safe", "rejected_safe", "label_source"),
     "conversations": ("messages", "prompt", "completion"),
     "prompts": ("prompt",),
-    "labelled": ("messages", "prompt", "completion", "safe"),
+    "labelled": ("messages", "prompt", "completion", "safe", "label"),
+    "graded": ("messages", "prompt", "completion", "grade"),
 }
+
+
+def unread_columns(row: Row, shape: Shape) -> list[str]:
+    """Columns of a row that `column_parser` without `columns` leaves alone: foreign to us, or misspelt."""
+    known = {*_FIELDS[shape], *_TAGS, "tags"}
+    return [column for column in row.values if column not in known]
 
 
 def column_parser(shape: Shape, columns: Mapping[str, str] | None) -> Parser:
@@ -317,10 +352,27 @@ def _table_prompt(row: Row, tags: Tags) -> Prompt:
     return Prompt(parse_messages(row["prompt"]), tags)
 
 
+_VERDICTS = {
+    **dict.fromkeys(("safe", "harmless", "unharmful", "good"), True),
+    **dict.fromkeys(("unsafe", "harmful", "bad"), False),
+}
+
+
 def _table_labelled(row: Row, tags: Tags) -> LabelledConversation:
-    if not isinstance(row["safe"], bool):
+    """`safe: true | false`, or `label` in one of the usual words. Numbers mean one thing here and the other there."""
+    if "label" in row.values:
+        safe = _VERDICTS.get(row["label"]) if isinstance(row["label"], str) else None
+        if safe is None:
+            raise RecordError(f"label must be one of {', '.join(_VERDICTS)}, got {row['label']!r}")
+    elif isinstance(row["safe"], bool):
+        safe = row["safe"]
+    else:
         raise RecordError(f"safe must be true or false, got {row['safe']!r}")
-    return LabelledConversation(_table_conversation(row, tags), row["safe"])
+    return LabelledConversation(_table_conversation(row, tags), safe)
+
+
+def _table_graded(row: Row, tags: Tags) -> Graded:
+    return Graded(_table_conversation(row, tags), read_grade(row["grade"]))
 
 
 _TABLE_PARSERS: dict[Shape, Callable[[Row, Tags], SourceRecord]] = {
@@ -328,6 +380,7 @@ _TABLE_PARSERS: dict[Shape, Callable[[Row, Tags], SourceRecord]] = {
     "conversations": _table_conversation,
     "prompts": _table_prompt,
     "labelled": _table_labelled,
+    "graded": _table_graded,
 }
 
 

@@ -1,4 +1,4 @@
-"""`load_preferences`, `load_conversations`, `load_prompts`, `load_labelled`: data sets -> records, nothing lost unseen.
+"""`load_preferences`, `load_conversations`, `load_prompts`, ...: data sets -> records, nothing lost unseen.
 
 Splits come first. A source with splits of its own (on the hub, in files named `train*` and `test*`, in a column) keeps
 them. One without a test split lends a tenth of its prompts to `test`; the side depends on the first user turn alone,
@@ -15,12 +15,13 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from alignment.recipe import Data, Source
 from alignment.source_catalog import (
@@ -34,15 +35,25 @@ from alignment.source_catalog import (
     split_column,
 )
 from alignment.source_files import Row, SourceError
-from alignment.source_formats import LabelledConversation, Parser, Shape, Skipped, SourceRecord, prompt_of
-from reward.conversation import Conversation, Preference, Prompt, RecordError, Tags
+from alignment.source_formats import (
+    LabelledConversation,
+    Parser,
+    Shape,
+    Skipped,
+    SourceRecord,
+    prompt_of,
+    unread_columns,
+)
+from reward.conversation import Conversation, Graded, Preference, Prompt, RecordError, Tags
 
 __all__ = [
     "RECORDS",
     "Loaded",
     "SourceError",
+    "account_lines",
     "check_source",
     "load_conversations",
+    "load_graded",
     "load_labelled",
     "load_preferences",
     "load_prompts",
@@ -53,6 +64,9 @@ __all__ = [
 
 TEST_SHARE = 0.1
 _NUM_EXAMPLES = 3
+_MAX_REASON = 200
+_NUM_REASONS = 50
+"""Kinds of faults and of remarks that a source is told; whatever its rows hold, the account stays short."""
 
 R = TypeVar("R", bound=SourceRecord)
 
@@ -61,13 +75,15 @@ R = TypeVar("R", bound=SourceRecord)
 class Loaded(Generic[R]):
     """Records in the order of training, and the account of how they came about.
 
-    `counts`: source -> rows read, kept, truncated, dropped (faulty) and left_out (by choice), both by reason, with the
-    first places of each; read = kept + dropped + left_out. `files`: source -> file -> SHA-256.
+    `counts`: source -> rows read, kept, truncated, dropped (faulty), left_out (by choice) and noted (odd, but kept),
+    the last three by reason, with the first places of what was dropped or noted; read = kept + dropped + left_out.
+    `files`: source -> file -> SHA-256. `places`: of each record its source, and its file and line without the folder.
     """
 
     records: tuple[R, ...]
     counts: dict[str, dict[str, Any]]
     files: dict[str, dict[str, str]]
+    places: tuple[tuple[str, str], ...]
 
     @cached_property
     def data_hash(self) -> str:
@@ -76,6 +92,31 @@ class Loaded(Generic[R]):
         for record in self.records:
             digest.update(json.dumps(record.to_json(), sort_keys=True).encode() + b"\n")
         return digest.hexdigest()
+
+    def without(self, positions: Collection[int], reason: str) -> Loaded[R]:
+        """Less the records at these positions, which a stage cannot use: the account has them as dropped, and why."""
+        counts = deepcopy(self.counts)
+        for position in positions:
+            source, place = self.places[position]
+            counts[source]["kept"] -= 1
+            _enter(counts[source]["dropped"], counts[source]["examples"], reason, place)
+        gone = set(positions)
+        left = [position for position in range(len(self.records)) if position not in gone]
+        return Loaded(
+            tuple(self.records[position] for position in left),
+            counts,
+            self.files,
+            tuple(self.places[position] for position in left),
+        )
+
+    def noting(self, positions: Iterable[int], note: str, *, truncated: bool = False) -> Loaded[R]:
+        """With a remark on the records at these positions, which are kept, though `truncated` perhaps."""
+        counts = deepcopy(self.counts)
+        for position in positions:
+            source, place = self.places[position]
+            counts[source]["truncated"] += truncated
+            _enter(counts[source]["noted"], counts[source]["examples"], note, place)
+        return replace(self, counts=counts)
 
 
 def load_preferences(data: Data, *, seed: int) -> Loaded[Preference]:
@@ -91,8 +132,40 @@ def load_prompts(data: Data, *, seed: int) -> Loaded[Prompt]:
 
 
 def load_labelled(data: Data, *, seed: int) -> Loaded[LabelledConversation]:
-    """Conversations with a human safety verdict, on which judges are measured."""
-    return _load(data, "labelled", seed)
+    """Conversations with a human safety verdict, on which judges are measured. Those labelled both ways are dropped."""
+    loaded: Loaded[LabelledConversation] = _load(data, "labelled", seed)
+    labels = {(record.conversation.messages, record.safe) for record in loaded.records}
+    torn = [
+        position
+        for position, record in enumerate(loaded.records)
+        if (record.conversation.messages, not record.safe) in labels
+    ]
+    return loaded.without(torn, "labelled both safe and unsafe")
+
+
+def load_graded(data: Data, *, seed: int) -> Loaded[Graded]:
+    """Conversations with a human grade of their harm, from which a harmfulness model learns."""
+    return _load(data, "graded", seed)
+
+
+def account_lines(data: Mapping[str, Any]) -> Iterator[str]:
+    """What a manifest's `data` (or each of its parts) tells of rows that were dropped or noted, a line a source."""
+    accounts = [part["counts"] for part in (data, *data.values()) if isinstance(part, Mapping) and "counts" in part]
+    for source, counts in (item for account in accounts for item in account.items()):
+        for kind in ("dropped", "noted"):
+            if counts[kind]:
+                told = ", ".join(_told(counts[kind], counts["examples"]))
+                yield f"{source}: {counts['kept']} of {counts['read']} rows kept; {kind}: {told}"
+
+
+def _told(counts: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """`reason: 5 (rows.jsonl:3, rows.jsonl:4, ...)`."""
+    for reason, number in counts.items():
+        places = [*examples.get(reason, ())]
+        if places and number > len(places):
+            places.append("...")
+        shown = ", ".join(places)
+        yield f"{reason}: {number} ({shown})" if places else f"{reason}: {number}"
 
 
 def mixture_sizes(available: Sequence[int], weights: Sequence[float | None]) -> list[int]:
@@ -122,36 +195,53 @@ def split_side(prompt: Prompt) -> str:
 class _Counts:
     read: int = 0
     kept: int = 0
-    dropped: Counter[str] = field(default_factory=Counter[str])
+    dropped: dict[str, int] = field(default_factory=dict[str, int])
     left_out: Counter[str] = field(default_factory=Counter[str])
+    noted: dict[str, int] = field(default_factory=dict[str, int])
     examples: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     def skip(self, skipped: Skipped) -> None:
-        if not skipped.fault:
+        if skipped.fault:
+            _enter(self.dropped, self.examples, skipped.reason, skipped.row.short_where)
+        else:
             self.left_out[skipped.reason] += 1
-            return
-        self.dropped[skipped.reason] += 1
-        places = self.examples.setdefault(skipped.reason, [])
-        if len(places) < _NUM_EXAMPLES:
-            places.append(skipped.row.short_where)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "read": self.read,
             "kept": self.kept,
-            "truncated": 0,  # loading never cuts a text; stages drop and count what does not fit their max_length
-            "dropped": dict(self.dropped),
+            "truncated": 0,  # loading never cuts a text; what does not fit their max_length is the business of stages
+            "dropped": self.dropped,
             "left_out": dict(self.left_out),
+            "noted": self.noted,
             "examples": self.examples,
         }
 
 
+def _enter(counts: dict[str, int], examples: dict[str, list[str]], reason: str, place: str) -> None:
+    """Count one row under its reason and remember the first places."""
+    if reason not in counts and len(counts) >= _NUM_REASONS:
+        reason = "other reasons"
+    counts[reason] = counts.get(reason, 0) + 1
+    places = examples.setdefault(reason, [])
+    if len(places) < _NUM_EXAMPLES:
+        places.append(place)
+
+
+class _Found(NamedTuple):
+    """A usable record, where it stands, and what is odd about it."""
+
+    record: SourceRecord
+    place: str
+    notes: tuple[str, ...]
+
+
 @dataclass
 class _Pool:
-    """The usable records of one source."""
+    """What is usable of one source."""
 
     label: str
-    records: list[SourceRecord] = field(default_factory=list[SourceRecord])
+    found: list[_Found] = field(default_factory=list[_Found])
     counts: _Counts = field(default_factory=_Counts)
     files: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -168,13 +258,13 @@ def _load(data: Data, shape: Shape, seed: int) -> Loaded[Any]:
         for source, parser, label in zip(data.sources, parsers, labels, strict=True)
     ]
     drawn = _draw(data.sources, pools, seed)
-    records = [record for kept in drawn for record in kept]
     if data.shuffle:
-        random.Random(seed).shuffle(records)
+        random.Random(seed).shuffle(drawn)
     return Loaded(
-        tuple(records),
+        tuple(found.record for _, found in drawn),
         {pool.label: pool.counts.to_json() for pool in pools},
         {pool.label: pool.files for pool in pools},
+        tuple((label, found.place) for label, found in drawn),
     )
 
 
@@ -195,9 +285,9 @@ def _read_pool(source: Source, shape: Shape, parse: Parser, label: str, seen: se
             pool.counts.skip(Skipped(row, "duplicate"))
         else:
             seen.add(key)
-            pool.records.append(record)
-    if not pool.records:
-        reasons = ", ".join(f"{reason}: {n}" for reason, n in (pool.counts.dropped + pool.counts.left_out).items())
+            pool.found.append(_Found(record, row.short_where, tuple(_notes(record, row, source, shape))))
+    if not pool.found:
+        reasons = ", ".join(_told({**pool.counts.dropped, **pool.counts.left_out}, pool.counts.examples))
         raise SourceError(
             f"{label}: none of its {pool.counts.read} rows gives {shape} of split {source.split!r} "
             f"({reasons or 'it has no rows'})"
@@ -217,26 +307,38 @@ def _records(
             tags = prompt_of(record).tags if info.tags is None else info.tags(item)
         except RecordError as error:
             # What follows ", got" is the row's own value: left off, so that reasons can be counted.
-            yield Skipped(item, str(error).partition(", got ")[0])
+            yield Skipped(item, str(error).partition(", got ")[0][:_MAX_REASON])
         else:
             yield item, _with_tags(record, tags, label)
 
 
-def _draw(sources: Sequence[Source], pools: Sequence[_Pool], seed: int) -> list[list[SourceRecord]]:
-    """Apply `max_rows` and the weights; what is drawn keeps the order of its source."""
+def _notes(record: SourceRecord, row: Row, source: Source, shape: Shape) -> Iterator[str]:
+    """What is odd about a row that makes a record all the same."""
+    if source.name in ("file", "hub") and source.columns is None:
+        for column in unread_columns(row, shape):
+            yield f"the column {column[:_MAX_REASON]!r} is not read"
+    if isinstance(record, Preference) and record.chosen_safe is False and record.rejected_safe is True:
+        yield "chosen unsafe, rejected safe: ranked, but no safety labels to learn from"
+
+
+def _draw(sources: Sequence[Source], pools: Sequence[_Pool], seed: int) -> list[tuple[str, _Found]]:
+    """Apply `max_rows` and the weights: (source, what is drawn), in the order of sources and rows."""
     capped = [
-        min(len(pool.records), source.max_rows or len(pool.records))
-        for source, pool in zip(sources, pools, strict=True)
+        min(len(pool.found), source.max_rows or len(pool.found)) for source, pool in zip(sources, pools, strict=True)
     ]
-    drawn: list[list[SourceRecord]] = []
+    drawn: list[tuple[str, _Found]] = []
     for pool, cap, size in zip(
         pools, capped, mixture_sizes(capped, [source.weight for source in sources]), strict=True
     ):
         if size == 0:
             raise SourceError(f"{pool.label}: its weight is so small beside the others that it gives no row; raise it")
-        order = list(range(len(pool.records)))
+        order = list(range(len(pool.found)))
         random.Random(f"{seed}/{pool.label}").shuffle(order)
-        drawn.append([pool.records[position] for position in sorted(order[:size])])
+        for position in sorted(order[:size]):
+            found = pool.found[position]
+            drawn.append((pool.label, found))
+            for note in found.notes:
+                _enter(pool.counts.noted, pool.counts.examples, note, found.place)
         pool.counts.kept = size
         pool.counts.left_out += Counter({"max_rows": len(order) - cap, "weight": cap - size})
     return drawn
@@ -257,15 +359,17 @@ def _labels(sources: Sequence[Source]) -> list[str]:
 def _with_tags(record: SourceRecord, tags: Tags, label: str) -> SourceRecord:
     if isinstance(record, Preference):
         return replace(record, prompt=cast("Prompt", _with_tags(record.prompt, tags, label)))
-    if isinstance(record, LabelledConversation):
+    if isinstance(record, LabelledConversation | Graded):
         return replace(record, conversation=cast("Conversation", _with_tags(record.conversation, tags, label)))
     return replace(record, tags=replace(tags, source=tags.source or label))
 
 
 def _content(record: SourceRecord) -> Hashable:
-    """What makes two records duplicates: prompt and answers, without tags and ratings."""
+    """What makes two records duplicates: prompt and answers, without tags and ratings; of graded ones the grade."""
     if isinstance(record, Preference):
         return record.prompt.messages, record.chosen, record.rejected
     if isinstance(record, LabelledConversation):
         return record.conversation.messages, record.safe
+    if isinstance(record, Graded):
+        return record.conversation.messages, record.grade
     return record.messages

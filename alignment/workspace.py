@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from alignment.artifact import MANIFEST, Artifact, ArtifactError, Kind, read_artifact, write_artifact, write_json
+from alignment.checkpoints import CHECKPOINTS
 from alignment.distributed import barrier, is_main_process, layout
-from alignment.inputs import input_fingerprints
+from alignment.inputs import input_fingerprints, scorers_of
+from alignment.policy import remove_folder
 from alignment.recipe import StageRecipe
 from alignment.recipe_file import dump_recipe
 
@@ -37,7 +39,7 @@ class Workspace:
         metrics: Mapping[str, Any] | None = None,
         files: tuple[str, ...] = (),
     ) -> Artifact:
-        """Write the manifest (main process only); from now on the folder is complete."""
+        """Write the manifest (main process only): the folder is complete, and what it was made with goes."""
         artifact = write_artifact(
             self.path,
             kind=kind,
@@ -46,9 +48,15 @@ class Workspace:
             parents=self.inputs,
             data=data,
             metrics=metrics,
-            provenance={"seed": self.recipe.seed, **layout(), "wandb_run_id": _read_text(self.path / "wandb_run_id")},
+            provenance={
+                "seed": self.recipe.seed,
+                "scorers": scorers_of(self.recipe),
+                **layout(),
+                "wandb_run_id": _read_text(self.path / "wandb_run_id"),
+            },
             files=files,
         )
+        remove_folder(self.path / CHECKPOINTS)
         (self.path / IN_PROGRESS).unlink(missing_ok=True)
         return artifact
 

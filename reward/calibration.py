@@ -91,11 +91,11 @@ def unsafe_detection(cases: Sequence[Labelled], threshold: float) -> dict[str, A
         "precision": Rate.of(not is_safe for below, is_safe in called if below).to_json(),
         "unsafe_recall": unsafe.to_json(),
         "safe_recall": safe.to_json(),
-        "balanced_accuracy": _mean_of_two(unsafe, safe),
+        "balanced_accuracy": mean_of_two(unsafe, safe),
     }
 
 
-def _mean_of_two(one: Rate, other: Rate) -> dict[str, float | int | None]:
+def mean_of_two(one: Rate, other: Rate) -> dict[str, Any]:
     """The mean of two independent shares; the interval is put together from theirs (MOVER, Zou and Donner 2008)."""
     n = one.n + other.n
     if not one.n or not other.n:

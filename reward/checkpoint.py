@@ -29,6 +29,10 @@ BEAVER_HEAD = "score_head"
 
 _ENCODERS = ("albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "roberta", "xlm-roberta")
 """`model_type` of models that read a text pair unless their tokenizer has a chat template."""
+HARMFULNESS = "harmfulness"
+"""Key that a harmfulness model of ours has in its config: how its texts were cut."""
+_PUBLISHED_HARMFULNESS = "absolute-harmfulness-predictor"
+"""In the names of the models of Safety-Tuned LLaMAs, whose files look like those of a pair model."""
 _LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format."""
 _ACCEPTED = (
@@ -73,8 +77,19 @@ class Checkpoint:
         """Names of a classifier's outputs, where the config gives them."""
         return {int(index): name for index, name in (self.config.get("id2label") or {}).items()}
 
+    @property
+    def harmfulness(self) -> Mapping[str, Any]:
+        """What the config of a harmfulness model of ours says of its training; empty for all others."""
+        said = self.config.get(HARMFULNESS)
+        return said if isinstance(said, Mapping) else {}
+
     def family(self) -> Family:
         """The family that the files show; ScorerError, naming what was found and what is accepted, when none does."""
+        if self.harmfulness or _PUBLISHED_HARMFULNESS in self.model:
+            raise ScorerError(
+                f"{self.model} is a harmfulness model, whose text is a transcript and whose high scores are bad; use "
+                f"{{type: absolute_harmfulness, model: {self.model}}}"
+            )
         if self.value_head is not None:
             return "value_head"
         if self.architecture.endswith("ForScore") or self._has(BEAVER_HEAD):
@@ -138,11 +153,7 @@ class Checkpoint:
     def _check_adapter(self, family: Family) -> None:
         if family != "value_head":
             raise ScorerError(f"{self.model} is an adapter; of a {family} model only merged weights are read")
-        if model_file(self.model, "adapter_model.safetensors") is None:
-            raise ScorerError(f"{self.model} holds no adapter_model.safetensors; weights are read from no other files")
-        base = self.adapter.get("base_model_name_or_path")
-        if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
-            raise ScorerError(f"{self.model}: the base model of its adapter_config.json, {base!r}, does not exist")
+        _check_adapter(self.model, self.adapter)
 
     def _has(self, head: str) -> bool:
         return any(name.split(".")[0] == head for name in self.weights)
@@ -177,6 +188,15 @@ def check_checkpoint(
     return checkpoint, found
 
 
+def check_harmfulness_model(model: str | Path) -> Checkpoint:
+    """Refuse, before weights load, what is no classifier with one output, whoever trained it; else the checkpoint."""
+    checkpoint = Checkpoint.read(model)
+    checkpoint.check_head("classifier")
+    if checkpoint.num_outputs() not in (None, 1):
+        raise ScorerError(f"{model} has {checkpoint.num_outputs()} outputs; a harmfulness model has one, the grade")
+    return checkpoint
+
+
 def model_file(model: str, name: str) -> Path | None:
     """A file of a model folder or, fetched on first use, of a hub id; None when there is none."""
     if Path(model).is_dir():
@@ -186,6 +206,28 @@ def model_file(model: str, name: str) -> Path | None:
 
     found = cached_file(model, name) if has_file(model, name) else None
     return None if found is None else Path(found)
+
+
+def adapter_base(model: str | Path) -> str | None:
+    """The base model of a LoRA adapter, by folder or hub id; None when `model` is no adapter but a model.
+
+    ScorerError when the adapter's weights are not safetensors, or its base is a folder that does not exist.
+    """
+    model = str(model)
+    adapter = _json(model, "adapter_config.json")
+    if adapter is None or model_file(model, "config.json") is not None:
+        return None
+    return _check_adapter(model, adapter)
+
+
+def _check_adapter(model: str, adapter: Mapping[str, Any]) -> str:
+    """The name of its base."""
+    if model_file(model, "adapter_model.safetensors") is None:
+        raise ScorerError(f"{model} holds no adapter_model.safetensors; weights are read from no other files")
+    base = adapter.get("base_model_name_or_path")
+    if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
+        raise ScorerError(f"{model}: the base model of its adapter_config.json, {base!r}, does not exist")
+    return base
 
 
 def _json(model: str, name: str) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,20 +17,21 @@ from reward.shared_prefix import Group, pack
 
 def tokenize_preferences(
     preferences: Sequence[Preference], renderer: Renderer, *, max_length: int, margins: Mapping[Rating, float]
-) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Rows for TRL's RewardTrainer with margin and safety labels; pairs too long on either side are counted, not cut.
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Rows for TRL's RewardTrainer with margin and safety labels, and the positions of pairs too long on either side.
 
-    A pair without rating gets margin 0. Labels: 1 safe, 0 unsafe, NaN unknown. A pair whose chosen answer is unsafe and
-    whose rejected one is safe keeps its ranking but gets no safety labels (the paper excludes it).
+    Nothing is cut: such pairs have no row. A pair without rating gets margin 0. Labels: 1 safe, 0 unsafe, NaN unknown.
+    A pair whose chosen answer is unsafe and whose rejected one is safe keeps its ranking but gets no safety labels (the
+    paper excludes it).
     """
     rows: list[dict[str, Any]] = []
-    dropped: Counter[str] = Counter()
-    for preference in preferences:
+    too_long: list[int] = []
+    for position, preference in enumerate(preferences):
         try:
             chosen = renderer.render_ids(preference.prompt.answer(preference.chosen), max_length=max_length)
             rejected = renderer.render_ids(preference.prompt.answer(preference.rejected), max_length=max_length)
         except TooLong:
-            dropped[f"over {max_length} tokens"] += 1
+            too_long.append(position)
             continue
         labelled = preference.safety_bin is not None
         rows.append(
@@ -44,7 +44,13 @@ def tokenize_preferences(
                 "rejected_safe": float(bool(preference.rejected_safe)) if labelled else math.nan,
             }
         )
-    return rows, dropped
+    return rows, too_long
+
+
+def with_control_tokens(preferences: Sequence[Preference], renderer: Renderer) -> list[int]:
+    """Positions of the pairs whose text holds special tokens of the tokenizer, written out."""
+    texts = [[*(turn.content for turn in pair.prompt.messages), pair.chosen, pair.rejected] for pair in preferences]
+    return [position for position, own in enumerate(texts) if any(map(renderer.holds_control_tokens, own))]
 
 
 @dataclass(frozen=True)

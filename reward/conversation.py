@@ -55,13 +55,17 @@ class Message:
             raise RecordError(f"content of the {self.role} turn must be text, got {type(self.content).__name__}")
         if self.role != "assistant":
             _check_text(self.content, name=f"content of the {self.role} turn")
-        try:
-            self.content.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RecordError(f"content of the {self.role} turn holds a lone surrogate ({error.reason})") from error
+        _check_unicode(self.content, name=f"content of the {self.role} turn")
 
     def to_json(self) -> dict[str, str]:
         return {"role": self.role, "content": self.content}
+
+
+def _check_unicode(text: str, *, name: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{name} holds a lone surrogate ({error.reason})") from error
 
 
 def _check_text(text: str, *, name: str) -> None:
@@ -116,6 +120,7 @@ class Tags:
         for name in ("risk_category", "attack_vector", "source"):
             if not isinstance(getattr(self, name), str | None):
                 raise RecordError(f"the tag {name} must be text or null, got {getattr(self, name)!r}")
+            _check_unicode(getattr(self, name) or "", name=f"the tag {name}")
         for name in ("is_safety", "borderline"):
             if not isinstance(getattr(self, name), bool):
                 raise RecordError(f"the tag {name} must be true or false, got {getattr(self, name)!r}")
@@ -242,6 +247,9 @@ class Preference:
             raise RecordError("chosen and rejected are identical")
         if self.rating is not None and self.rating not in RATINGS:
             raise RecordError(f"rating must be one of {', '.join(RATINGS)}, got {self.rating!r}")
+        if not isinstance(self.label_source, str | None):
+            raise RecordError(f"label_source must be text or null, got {self.label_source!r}")
+        _check_unicode(self.label_source or "", name="label_source")
         for name in ("chosen_safe", "rejected_safe"):
             label = getattr(self, name)
             if label is not None and not isinstance(label, bool):
@@ -277,6 +285,37 @@ class Preference:
         )
 
 
+MAX_GRADE = 4.0
+"""The top of the scale on which people grade harm, which begins at 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """A conversation and how far a person found that the assistant did harm in it: 0 not at all, 4 fully.
+
+    The scale is that of Anthropic's red-team attempts (Ganguli et al. 2022, arXiv 2209.07858).
+    """
+
+    conversation: Conversation
+    grade: float
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.grade, int | float) and not isinstance(self.grade, bool)
+        if not number or not 0 <= self.grade <= MAX_GRADE:
+            raise RecordError(f"grade must be a number from 0 to {MAX_GRADE:g}, got {self.grade!r}")
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.conversation.prompt
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.conversation.to_json(), "grade": self.grade}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Graded:
+        return cls(Conversation.from_json(row), _require(row, "grade"))
+
+
 Record = Prompt | Conversation | Preference
 
 
@@ -304,8 +343,11 @@ def read_json_lines(path: Path, *, blank_lines: bool = True) -> Iterator[tuple[i
                     raise RecordError(f"{path}:{number}: the line is blank")
                 continue
             try:
-                row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_no_duplicates)
-            except (UnicodeDecodeError, json.JSONDecodeError, RecordError) as error:
+                text = raw.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8")
+                row = json.loads(text, object_pairs_hook=_no_duplicates)
+            except json.JSONDecodeError as error:  # its own line number counts within this one line
+                raise RecordError(f"{path}:{number}: not a JSON object: {error.msg}: column {error.pos + 1}") from error
+            except (ValueError, RecursionError) as error:
                 raise RecordError(f"{path}:{number}: not a JSON object: {error}") from error
             if not isinstance(row, dict):
                 raise RecordError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
@@ -313,11 +355,11 @@ def read_json_lines(path: Path, *, blank_lines: bool = True) -> Iterator[tuple[i
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    repeated = {key for key in keys if keys.count(key) > 1}
-    if repeated:
-        raise RecordError(f"the key {sorted(repeated)[0]!r} stands twice")
-    return dict(pairs)
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RecordError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return row
 
 
 def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -1,14 +1,18 @@
-"""The number format of a loaded model."""
+"""The number format of a loaded model, and its quantization."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import logging
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
 
 Dtype = Literal["float32", "bfloat16", "float16", "fast"]
 """`fast`: bfloat16 where the hardware multiplies in it, float32 elsewhere (there it would be emulated, and slower)."""
+
+Quantization = Literal["int8", "nf4"]
+"""Weights in 8 or 4 bits (bitsandbytes), computed with in the number format."""
 
 
 def torch_dtype(dtype: Dtype, device: str | torch.device = "cpu") -> torch.dtype:
@@ -28,3 +32,16 @@ def multiplies_bfloat16(device: str | torch.device = "cpu") -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     amx, avx512 = torch.cpu._is_amx_tile_supported, torch.cpu._is_avx512_bf16_supported  # pyright: ignore[reportPrivateUsage]
     return torch.device(device).type == "cpu" and (amx() or avx512())
+
+
+def quantization_config(quantization: Quantization, dtype: Dtype, device: str | torch.device = "cpu") -> Any:
+    """For `from_pretrained`: weights are quantized while they load."""
+    from transformers import BitsAndBytesConfig
+
+    # It warns at every single product that it casts what comes in.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch_dtype(dtype, device)
+    )

@@ -102,10 +102,13 @@ class TokenScorer:
 
     def score(self, conversations: Sequence[Conversation]) -> list[Score]:
         """Raw scores, in order. A text over `max_length` tokens and a number that is not finite are unscored."""
+        return self.score_inputs([self.encode(conversation) for conversation in conversations])
+
+    def score_inputs(self, texts: Sequence[Inputs], *, progress: Callable[[int], None] | None = None) -> list[Score]:
+        """`score` of what `encode` gave; `progress` is called with the number of texts read, after every batch."""
         scores: dict[int, Score] = {}
         encoded: dict[int, Inputs] = {}
-        for position, conversation in enumerate(conversations):
-            inputs = self.encode(conversation)
+        for position, inputs in enumerate(texts):
             length = len(inputs["input_ids"])
             if length > self.max_length:
                 scores[position] = Score(None, str(TooLong(length, self.max_length)))
@@ -117,7 +120,9 @@ class TokenScorer:
             for position, value in zip(batch, self._values([encoded[i] for i in batch]), strict=True):
                 known = torch.isfinite(value).item()
                 scores[position] = Score(value.item()) if known else Score(None, f"the model gave {value.item()}")
-        return [scores[position] for position in range(len(conversations))]
+            if progress is not None:
+                progress(min(start + self.batch_size, len(order)))
+        return [scores[position] for position in range(len(texts))]
 
     @torch.inference_mode()
     def _values(self, rows: Sequence[Inputs]) -> Tensor:
@@ -151,17 +156,17 @@ def _classifier(checkpoint: Checkpoint, label: int | str | None, loading: Loadin
             keep_tail=keep_tail,
             trust_remote_code=loading.trust_remote_code,
         )
-    module, tokenizer = _sequence_classifier(checkpoint, loading)
+    module, tokenizer = sequence_classifier(checkpoint, loading)
     renderer = _renderer(checkpoint, tokenizer, keep_tail=keep_tail)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in renderer.end_ids:
         raise ScorerError(f"{checkpoint.model}: pad token must be set and differ from eos, else the end is not found")
     module.config.pad_token_id = tokenizer.pad_token_id
-    return _label_scorer(checkpoint, loading, module, tokenizer, lambda c: {"input_ids": renderer.render_ids(c)}, index)
+    return label_scorer(checkpoint, loading, module, tokenizer, lambda c: {"input_ids": renderer.render_ids(c)}, index)
 
 
 def _pair(checkpoint: Checkpoint, label: int | str | None, loading: Loading) -> Scorer:
     """An encoder on (what was asked, answer), each a text; see `pair_texts`."""
-    module, tokenizer = _sequence_classifier(checkpoint, loading)
+    module, tokenizer = sequence_classifier(checkpoint, loading)
     disarm = disarmer(anywhere=tokenizer.all_special_tokens)
 
     def encode(conversation: Conversation) -> Inputs:
@@ -170,7 +175,7 @@ def _pair(checkpoint: Checkpoint, label: int | str | None, loading: Loading) -> 
         return {key: encoded[key] for key in ("input_ids", "token_type_ids") if key in encoded}
 
     index = checkpoint.label_index(label)
-    return _label_scorer(checkpoint, loading, module, tokenizer, encode, index)
+    return label_scorer(checkpoint, loading, module, tokenizer, encode, index)
 
 
 def pair_texts(conversation: Conversation) -> tuple[str, str]:
@@ -185,14 +190,15 @@ def pair_texts(conversation: Conversation) -> tuple[str, str]:
     return "\n\n".join(names[turn.role] + disarm(turn.content) for turn in before), answer.content
 
 
-def _sequence_classifier(checkpoint: Checkpoint, loading: Loading) -> tuple[Any, Any]:
+def sequence_classifier(checkpoint: Checkpoint, loading: Loading) -> tuple[Any, Any]:
+    """The frozen module of a stock classifier, and its tokenizer."""
     from transformers import AutoModelForSequenceClassification
 
     one = {"num_labels": 1} if checkpoint.num_outputs() in (None, 1) else {}
     return _load(AutoModelForSequenceClassification, checkpoint, loading, **one), _tokenizer(checkpoint, loading)
 
 
-def _label_scorer(
+def label_scorer(
     checkpoint: Checkpoint,
     loading: Loading,
     module: Any,
@@ -224,7 +230,7 @@ def _label_scorer(
         head=next(head.parameters()),
         dtype=module.dtype,
         batch_size=loading.batch_size,
-        max_length=_limit(module.config, tokenizer, loading),
+        max_length=text_limit(module.config, tokenizer, loading.max_length),
         scale="unbounded" if regression else "logit",
     )
 
@@ -323,7 +329,7 @@ def _head_scorer(
         head=weight,
         dtype=trunk.dtype,
         batch_size=loading.batch_size,
-        max_length=_limit(trunk.config, tokenizer, loading),
+        max_length=text_limit(trunk.config, tokenizer, loading.max_length),
     )
 
 
@@ -370,7 +376,7 @@ def _tensors(file: Path | None, prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): handle.get_tensor(name) for name in names if name.startswith(prefix)}
 
 
-def _limit(config: Any, tokenizer: Any, loading: Loading) -> int:
+def text_limit(config: Any, tokenizer: Any, max_length: int) -> int:
     """The longest text in tokens: absolute positions end where the model's table of them ends."""
-    positions = getattr(config, "max_position_embeddings", None) or loading.max_length
-    return min(loading.max_length, positions, tokenizer.model_max_length)
+    positions = getattr(config, "max_position_embeddings", None) or max_length
+    return min(max_length, positions, tokenizer.model_max_length)

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reward.backends import TransformersBackend
-from reward.conversation import Conversation, Message
+from reward.conversation import Conversation, Message, Prompt
 from reward.dtype import Dtype
-from reward.render import TooLong
+from reward.render import TooLong, common_start
 from reward.scorer import Scale, Score, ScorerError, sigmoid
 from reward.slots import disarmer
+from reward.verdict import Verdict
 
 GuardFormat = Literal["llama_guard", "wild_guard"]
 
@@ -51,7 +52,10 @@ _disarm = disarmer(
         *("<BEGIN CONVERSATION>", "<END CONVERSATION>"),
         *("<BEGIN UNSAFE CONTENT CATEGORIES>", "<END UNSAFE CONTENT CATEGORIES>"),
     ),
-    line_start=("User:", "Agent:", "Human user:", "AI assistant:", "Answers:", "Harmful response:", "---"),
+    line_start=(
+        *("User:", "Agent:", "Assistant:", "System:", "Human user:", "AI assistant:"),
+        *("Answers:", "Harmful response:", "---"),
+    ),
 )
 
 
@@ -76,8 +80,8 @@ def _wild_guard_answers(harmful: str) -> tuple[str, ...]:
 class GuardScorer:
     """A guard as a scorer: P(safe), higher is safer; what does not fit `max_length` tokens is unscored.
 
-    P(safe) is the share of the safe verdicts in the probability of all verdicts. For WildGuard that sums over its
-    answers to the other two questions, so each conversation takes eight rows of a batch; Llama Guard takes two.
+    P(safe) is the share of the safe verdicts in the probability of all verdicts; for WildGuard that sums over its
+    answers to the other two questions. What the form begins with (Llama Guard's categories) is computed once.
     """
 
     scale: Scale = "probability"
@@ -90,6 +94,7 @@ class GuardScorer:
         self.max_length = max_length
         self.name = name
         self._form = _llama_guard_form(backend, name) if form == "llama_guard" else _WILD_GUARD
+        self._start = common_start([self.token_ids(Prompt.of(text).answer(text)) for text in ("a", "Z")])
 
     @classmethod
     def load(
@@ -128,25 +133,36 @@ class GuardScorer:
 
     def score(self, conversations: Sequence[Conversation]) -> list[Score]:
         """P(safe), in order."""
+        return [verdict.score for verdict in self.judge(conversations)]
+
+    def question(self, conversation: Conversation) -> list[Any]:
+        return [self.form, self.max_length, [message.to_json() for message in conversation.messages]]
+
+    def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:
+        """One verdict per conversation, in order: good where P(safe) is above 0.5."""
         rows = [self.token_ids(conversation) for conversation in conversations]
         choices = (*self._form.safe, *self._form.unsafe)
         room = self.max_length - max(len(self.tokenizer.encode(choice)) for choice in choices)
         fitting = [row for row in rows if len(row) <= room]
         found = iter(
-            self.backend.continuation_logprobs(fitting, self._form.prefix, choices, behind=self._form.behind)
+            self.backend.continuation_logprobs(
+                fitting, self._form.prefix, choices, behind=self._form.behind, start=self._start
+            )
             if fitting
             else ()
         )
         return [
-            self._score(next(found)) if len(row) <= room else Score(None, str(TooLong(len(row), room))) for row in rows
+            self._compare(next(found)) if len(row) <= room else Verdict("unscored", str(TooLong(len(row), room)))
+            for row in rows
         ]
 
-    def _score(self, logprobs: list[float]) -> Score:
+    def _compare(self, logprobs: list[float]) -> Verdict:
         split = len(self._form.safe)
         safe, unsafe = _logsumexp(logprobs[:split]), _logsumexp(logprobs[split:])
         if not math.isfinite(safe - unsafe):
-            return Score(None, f"log-probabilities {safe} (safe) and {unsafe} (unsafe) cannot be compared")
-        return Score(sigmoid(safe - unsafe))
+            return Verdict("unscored", f"log-probabilities {safe} (safe) and {unsafe} (unsafe) cannot be compared")
+        probability = sigmoid(safe - unsafe)
+        return Verdict("good" if probability > 0.5 else "bad", probability=probability)
 
 
 _WILD_GUARD = _Form(safe=_wild_guard_answers("no"), unsafe=_wild_guard_answers("yes"), behind="\n")

@@ -51,3 +51,10 @@ def safety_auxiliary_loss(scores: Tensor, is_safe: Tensor) -> Tensor:
 def centering_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Mean of `(chosen + rejected)^2`: keeps a pair around zero (Eisenstein et al. 2023, arXiv 2312.09244)."""
     return (chosen + rejected).pow(2).mean()
+
+
+def grade_loss(scores: Tensor, grades: Tensor) -> Tensor:
+    """Mean of `(score - grade)^2`, with grades of harm by people (Safety-Tuned LLaMAs, arXiv 2309.07875)."""
+    if scores.shape != grades.shape:
+        raise ValueError(f"scores {tuple(scores.shape)} and grades {tuple(grades.shape)} must have one shape")
+    return F.mse_loss(scores, grades)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class Auc:
 
 @dataclass(frozen=True, slots=True)
 class Correlation:
-    """Spearman's rank correlation, in [-1, 1], with its 95% interval. All None when it is not defined.
+    """A correlation, Spearman's or Pearson's, in [-1, 1], with its 95% interval. All None when it is not defined.
 
     It is not for fewer than four pairs, nor when one side is constant.
     """
@@ -71,6 +71,26 @@ def roc_auc(positives: Sequence[float], negatives: Sequence[float]) -> Auc:
     return Auc(value, low, high, m, n)
 
 
+def roc_curve(
+    positives: Sequence[float], negatives: Sequence[float], *, max_points: int = 200
+) -> list[tuple[float, float, float | None]]:
+    """Points (share of negatives, share of positives, cut) of calling positive what scores at least the cut.
+
+    From (0, 0), which has no cut, to (1, 1); equal scores share a point. Of more than `max_points` points evenly spaced
+    ones stay. Both groups must have members.
+    """
+    scored = sorted([(value, True) for value in positives] + [(value, False) for value in negatives], reverse=True)
+    points: list[tuple[float, float, float | None]] = [(0.0, 0.0, None)]
+    above = [0, 0]
+    for number, (value, positive) in enumerate(scored):
+        above[positive] += 1
+        if number + 1 == len(scored) or scored[number + 1][0] != value:
+            points.append((above[0] / len(negatives), above[1] / len(positives), value))
+    if len(points) <= max_points:
+        return points
+    return [points[round(number * (len(points) - 1) / (max_points - 1))] for number in range(max_points)]
+
+
 def auc_interval(value: float, n_positive: int, n_negative: int, *, z: float = Z95) -> tuple[float, float]:
     """The score interval of an area (Newcombe 2006, method 5): all areas `a` with `(value - a)^2 <= z^2 V(a)`, where
     `V(a) = a(1 - a) [1 + N(1 - a) / (2 - a) + N a / (1 + a)] / (mn)` and `N = (m + n) / 2 - 1`.
@@ -98,17 +118,27 @@ def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> Correlation:
 
     The interval is Fisher's z with the variance `(1 + r^2 / 2) / (n - 3)` of Bonett and Wright (2000).
     """
+    return _correlation(midranks(xs), midranks(ys), variance=lambda value: 1 + value * value / 2)
+
+
+def linear_correlation(xs: Sequence[float], ys: Sequence[float]) -> Correlation:
+    """Pearson's coefficient; the interval is Fisher's z with the variance `1 / (n - 3)` of two normal variables."""
+    return _correlation(xs, ys, variance=lambda value: 1.0)
+
+
+def _correlation(xs: Sequence[float], ys: Sequence[float], *, variance: Callable[[float], float]) -> Correlation:
+    """Pearson's coefficient, with `variance(value) / (n - 3)` as the variance of its Fisher's z."""
     n = len(xs)
     if len(ys) != n:
         raise ValueError(f"a correlation needs as many values on both sides, got {n} and {len(ys)}")
     if n < 4 or len(set(xs)) == 1 or len(set(ys)) == 1:
         return Correlation(None, None, None, n)
-    middle = (n + 1) / 2
-    x_ranks, y_ranks = [rank - middle for rank in midranks(xs)], [rank - middle for rank in midranks(ys)]
-    product = math.fsum(x * y for x, y in zip(x_ranks, y_ranks, strict=True))
-    spread = math.sqrt(math.fsum(x * x for x in x_ranks) * math.fsum(y * y for y in y_ranks))
+    x_mean, y_mean = math.fsum(xs) / n, math.fsum(ys) / n
+    dx, dy = [x - x_mean for x in xs], [y - y_mean for y in ys]
+    product = math.fsum(x * y for x, y in zip(dx, dy, strict=True))
+    spread = math.sqrt(math.fsum(x * x for x in dx) * math.fsum(y * y for y in dy))
     value = max(-1.0, min(1.0, product / spread))
     if abs(value) == 1:
         return Correlation(value, value, value, n)
-    half = Z95 * math.sqrt((1 + value * value / 2) / (n - 3))
+    half = Z95 * math.sqrt(variance(value) / (n - 3))
     return Correlation(value, math.tanh(math.atanh(value) - half), math.tanh(math.atanh(value) + half), n)

@@ -4,6 +4,7 @@ Decisions, each kept by a test:
 * The template's own default system turn stays when a conversation has none (SmolLM2 and Qwen were tuned with theirs);
   a preprompt is a system turn and so takes its place. A template without system turns gets it in the first user turn.
 * Control tokens inside the text of a turn are encoded as text (`sanitize_control_tokens`): content cannot forge turns.
+  Markers that a template writes as plain text (Llama 2's `[INST]` and `<<SYS>>`) get a space before their end.
 * A finished conversation ends at the end-of-turn token: whatever the template writes behind it is cut, so reward models
   read their score where generation stops.
 * Models of others may be trained on all that the template writes: `keep_tail` leaves it (by default it is cut).
@@ -12,14 +13,21 @@ Decisions, each kept by a test:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from reward.conversation import Conversation, Message, Prompt
+from reward.slots import disarmer
 
 MAX_MERGED = 2
 """Tokens at the end of the assistant's header that may merge with white space at the start of the answer."""
+
+_PLAIN_MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+"""What tells turns apart in templates of Llama 2 and its like, without being a token."""
 
 
 class TooLong(ValueError):
@@ -52,6 +60,8 @@ class Renderer:
             raise ValueError(f"{name} has no eos token; a conversation would have no end")
         self.tokenizer = tokenizer
         self.keep_tail = keep_tail
+        template = str(tokenizer.chat_template)
+        self._disarm = disarmer(anywhere=[marker for marker in _PLAIN_MARKERS if marker in template])
         self.content_parts = _wants_parts(tokenizer, name)
         self.end_ids = _end_of_turn_ids(tokenizer, parts=self.content_parts)
         self.supports_system = _supports_system(tokenizer, parts=self.content_parts)
@@ -62,6 +72,11 @@ class Renderer:
         if max_length is not None and len(ids) > max_length:
             raise TooLong(len(ids), max_length)
         return ids
+
+    def render_start(self, prompt: Prompt) -> list[int]:
+        """Ids that `prompt` shares with all prompts that differ from it in the last turn alone."""
+        earlier = prompt.messages[:-1]
+        return common_start([self.render_prompt(Prompt((*earlier, Message("user", text)))) for text in _UNLIKE])
 
     def render_open(self, messages: Sequence[Message]) -> list[int]:
         """Ids just as the template writes these turns, for templates that ask about a conversation (guard models)."""
@@ -84,6 +99,16 @@ class Renderer:
         if max_length is not None and len(ids) > max_length:
             raise TooLong(len(ids), max_length)
         return ids
+
+    def holds_control_tokens(self, text: str) -> bool:
+        """Whether a special token is written out in the text of a turn; it is encoded as text, not as the token."""
+        return self._control_tokens.search(text) is not None
+
+    @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        tokens = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        return re.compile("|".join(map(re.escape, sorted(tokens))))
 
     def decode(self, completion_ids: Sequence[int]) -> tuple[str, bool]:
         """Text of generated ids up to the end-of-turn token, and whether that token was there (False: cut off)."""
@@ -123,9 +148,17 @@ class Renderer:
         if messages[0].role == "system" and not self.supports_system:
             first = Message("user", f"{messages[0].content}\n\n{messages[1].content}")
             messages = [first, *messages[2:]]
-        if self.content_parts:
-            return [_in_parts(message.to_json()) for message in messages]
-        return [message.to_json() for message in messages]
+        turns = [{"role": message.role, "content": self._disarm(message.content)} for message in messages]
+        return [_in_parts(turn) for turn in turns] if self.content_parts else turns
+
+
+_UNLIKE = ("a", "Z")
+"""Texts that have no token in common."""
+
+
+def common_start(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The longest run of ids that all rows begin with."""
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))]
 
 
 _PROBE = "sxqprobe"

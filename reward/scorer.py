@@ -24,7 +24,8 @@ LLAMA2_THRESHOLD = 0.15
 class Score:
     """The judgement of one conversation. `value` is None when it could not be scored; `reason` then says why.
 
-    `branch` names the part of a combination that decided (for logging).
+    Beside a value, `reason` says what else must be known of it, such as that a part of the text was not read. `branch`
+    names the part of a combination that decided (for logging).
     """
 
     value: float | None

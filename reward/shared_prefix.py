@@ -81,6 +81,11 @@ def pack(groups: Sequence[Group], *, pad_token_id: int, hidden_size: int) -> Pac
     `hidden_size` (of the model) weighs long rows, whose attention is dear, against short ones, whose padding is.
     """
     rows = _cheapest_rows([len(group) for group in groups], hidden_size=hidden_size)
+    return lay_out(groups, rows, pad_token_id=pad_token_id)
+
+
+def lay_out(groups: Sequence[Group], rows: Sequence[Sequence[int]], *, pad_token_id: int) -> PackedTexts:
+    """Rows with the groups of these numbers, in their order. Texts count through `groups` in order."""
     length = max(sum(len(groups[number]) for number in row) for row in rows)
     shape = (len(rows), length)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
@@ -167,16 +172,23 @@ def why_not_packed(classifier: Any) -> str | None:
     """
     from transformers.modeling_layers import GenericForSequenceClassification
 
-    config = classifier.config.get_text_config()
-    attention = classifier.config._attn_implementation
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not isinstance(classifier, GenericForSequenceClassification):
         return f"{type(classifier).__name__} is not one of the causal classifiers with a `score` head"
+    return why_no_block_mask(classifier) or _try_out(classifier)
+
+
+def why_no_block_mask(model: Any) -> str | None:
+    """Why the layers of this model do not all take any mask, as its config has it; None when they do."""
+    config = model.config.get_text_config()
+    attention = model.config._attn_implementation
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
         return f"its layers have {', '.join(sorted(kinds - {'full_attention'})) or 'a sliding window'}"
+    if attention == "flex_attention":
+        return "attention 'flex_attention' takes masks of its own form, which packed rows lack; use sdpa"
     if attention != "sdpa":
         return f"attention {attention!r} takes no block mask; use sdpa"
-    return _try_out(classifier)
+    return None
 
 
 @torch.no_grad()

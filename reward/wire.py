@@ -47,8 +47,8 @@ MAX_REASON = 1000
 """Characters of a reason."""
 _MAX_NAME = 200
 """Characters of a name, a branch or an id."""
-_MIN_TOKEN = 16
-"""Characters; shorter secrets can be guessed."""
+MIN_TOKEN = 16
+"""Characters; shorter secrets of our own servers can be guessed. Those of others are theirs to choose."""
 
 
 class WireError(ValueError):
@@ -80,7 +80,7 @@ def encode_request(request_id: str, conversations: Sequence[Conversation]) -> by
 
 def decode_request(body: bytes) -> tuple[str, list[Conversation]]:
     """Id and conversations of a request; an assistant's turn may be empty, since models do write that."""
-    row = _members(_parse(body), "the request", required=("id", "conversations"))
+    row = _members(parse_json(body), "the request", required=("id", "conversations"))
     request_id = _check_line(row["id"], "id", limit=_MAX_NAME)
     conversations: list[Conversation] = []
     for position, item in enumerate(_list(row["conversations"], "conversations")):
@@ -105,7 +105,7 @@ def encode_answer(request_id: str, identity: Identity, scores: Sequence[Score]) 
 
 def decode_answer(body: bytes, *, request_id: str, count: int) -> tuple[Identity, list[Score]]:
     """The scorer behind an answer and its `count` scores; WireError for anything that is not exactly that."""
-    row = _members(_parse(body), "the answer", required=("id", "name", "scale", "scores"))
+    row = _members(parse_json(body), "the answer", required=("id", "name", "scale", "scores"))
     if row["id"] != request_id:
         raise WireError(f"the answer is to another request: id {shorten(repr(row['id']))} instead of {request_id!r}")
     identity = Identity(row["name"], row["scale"])
@@ -116,14 +116,14 @@ def decode_answer(body: bytes, *, request_id: str, count: int) -> tuple[Identity
 
 
 def decode_health(body: bytes) -> Identity:
-    row = _members(_parse(body), "the answer", required=("name", "scale"))
+    row = _members(parse_json(body), "the answer", required=("name", "scale"))
     return Identity(row["name"], row["scale"])
 
 
 def decode_error(body: bytes) -> str:
     """The line of an error, shortened; an empty text when there is none."""
     try:
-        row = _members(_parse(body), "the answer", required=("error",))
+        row = _members(parse_json(body), "the answer", required=("error",))
     except WireError:
         return ""
     return shorten(str(row["error"]))
@@ -167,7 +167,8 @@ def _number(value: object, where: str, scale: Scale) -> float:
     return number
 
 
-def _parse(body: bytes) -> object:
+def parse_json(body: bytes) -> object:
+    """The one JSON value that `body` is; WireError when it is none, or holds a key twice, NaN or Infinity."""
     try:
         text = body.decode("utf-8")
         return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
@@ -268,18 +269,18 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def read_token(variable: str) -> str:
+def read_token(variable: str, *, shortest: int = MIN_TOKEN) -> str:
     """The token in an environment variable; ScorerError, which never shows it, when there is none that will do."""
     token = os.environ.get(variable, "")
     if not token:
         raise ScorerError(f"the environment variable {variable} is not set; it must hold the token")
-    check_token(token, f"the token in {variable}")
+    check_token(token, f"the token in {variable}", shortest=shortest)
     return token
 
 
-def check_token(token: str, where: str) -> None:
-    if len(token) < _MIN_TOKEN or not re.fullmatch(r"[\x21-\x7e]+", token):
-        raise ScorerError(f"{where} must be {_MIN_TOKEN} or more ASCII letters, digits or signs, without spaces")
+def check_token(token: str, where: str, *, shortest: int = MIN_TOKEN) -> None:
+    if len(token) < shortest or not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ScorerError(f"{where} must be {shortest} or more ASCII letters, digits or signs, without spaces")
 
 
 # ------------------------------------------------------------------------------------------------- reading

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+RESET = -1.0
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,10 @@ class Request:
 
 
 class Peer:
-    """Answers each connection with what `respond` yields (floats are pauses in seconds), then closes it."""
+    """Answers each connection, in a thread of its own, with what `respond` yields, then closes it.
+
+    Floats are pauses in seconds; RESET breaks the connection off.
+    """
 
     def __init__(self, respond: Callable[[Request], Iterable[bytes | float]]) -> None:
         self._respond = respond
@@ -46,11 +53,11 @@ class Peer:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            with connection:
-                try:
-                    self._answer(connection)
-                except OSError:
-                    continue  # the client has gone
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):  # the client may be gone
+            self._answer(connection)
 
     def _answer(self, connection: socket.socket) -> None:
         with connection.makefile("rb") as file:
@@ -62,6 +69,9 @@ class Peer:
             request = Request(line, headers, file.read(int(headers.get("content-length", 0))))
         self.requests.append(request)
         for part in self._respond(request):
+            if part == RESET:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                return
             if isinstance(part, bytes):
                 connection.sendall(part)
             elif self._stopped.wait(part):

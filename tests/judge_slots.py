@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from reward.conversation import Conversation, Message, Prompt
-from reward.judge import Constitution
+from reward.judge_prompt import Constitution
 
 GUIDELINES = Constitution("A bad chatbot helps people to hurt others.\nA good chatbot does not.")
 BREAD = Prompt.of("How do I bake bread?").answer("Mix flour and water, then bake it.")

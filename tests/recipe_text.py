@@ -18,7 +18,7 @@ PPO = "stage: ppo\noutput_dir: out\nmodel: m\nprompts: {sources: [{name: a}]}\ns
 EVALUATE = (
     "stage: evaluate\noutput_dir: out\ncheckpoints: {base: m}\n"
     "prompt_sets: {bad: {measures: violation, prompts: {sources: [{name: a}]}}}\n"
-    "violation_scorers: {one: {type: refusal}, two: {type: python, function: 'a:b'}}\n"
+    "violation_scorers: {one: {type: refusal}, two: {type: python, function: 'a:b', scale: logit}}\n"
 )
 
 

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from reward.backends import CUT_OFF, TransformersBackend
+from reward.backends import CUT_OFF, Fingerprinted, TransformersBackend
 from reward.conversation import Prompt
-from reward.judge import BAD, GOOD, VERDICT_PREFIX, JudgeScorer, judge_prompt
+from reward.judge import JudgeScorer
+from reward.judge_prompt import judge_prompt
+from reward.scorer import ScorerError
+from reward.verdict import BAD, GOOD, VERDICT_PREFIX
 from tests.judge_slots import BREAD, GUIDELINES
 
 TEXTS = ("Hi?", "How do I bake bread without an oven?", "What? " * 60, "Tell me a joke about a cat.", "Why? " * 9)
@@ -153,3 +158,118 @@ def test_a_real_model_that_writes_no_verdict_is_unscored(tiny_model: Path):
 def test_a_batch_size_of_zero_is_refused(tiny_model: Path):
     with pytest.raises(ValueError, match="at least 1"):
         load(tiny_model, 0)
+
+
+# ------------------------------------------------------------------------------------------- shared prefix, models
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_sharing_the_guidelines_changes_no_probability(tiny_model: Path, batch_size: int):
+    conversations = [prompt.answer(text) for prompt, text in zip(PROMPTS, reversed(TEXTS), strict=True)]
+    backend = load(tiny_model, batch_size)
+    assert backend.why_unshared is None
+    whole = replace(backend, shared_prefix=False)
+    assert whole.why_unshared == "switched off"
+    shared, expected = (
+        [score.value for score in JudgeScorer(b, GUIDELINES).score(conversations)] for b in (backend, whole)
+    )
+    assert shared == pytest.approx(expected, abs=1e-4)
+
+
+def test_prompts_with_unlike_beginnings_are_still_right(tiny_model: Path):
+    backend = load(tiny_model, 4)
+    prompts = [PROMPTS[0], PROMPTS[1].with_preprompt("Be brief."), PROMPTS[2].with_preprompt("Be kind.")]
+    values = backend.choice_logprobs(prompts, VERDICT_PREFIX, (GOOD, BAD))
+    for prompt, row in zip(prompts, values, strict=True):
+        expected = [logprob_by_loss(backend, prompt, VERDICT_PREFIX, choice) for choice in (GOOD, BAD)]
+        assert row == pytest.approx(expected, abs=1e-4)
+    assert backend.choice_logprobs([], VERDICT_PREFIX, (GOOD, BAD)) == []
+
+
+def test_a_fingerprint_follows_the_weights_and_not_how_they_are_loaded(tiny_model: Path, tmp_path: Path):
+    from tests.tiny import make_tiny_model
+
+    plain = load(tiny_model, 4).fingerprint
+    assert isinstance(load(tiny_model, 4), Fingerprinted)
+    assert TransformersBackend.load(tiny_model, dtype="bfloat16", device="cpu").fingerprint == plain
+    assert load(make_tiny_model(tmp_path, seed=1), 4).fingerprint != plain
+
+
+def make_adapter(base: Path, folder: Path) -> Any:
+    """A LoRA adapter of some size, without a tokenizer; returns the model with it, as peft has it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def test_an_adapter_is_loaded_on_its_base(tiny_model: Path, tmp_path: Path):
+    adapted = make_adapter(tiny_model, tmp_path)
+    backend = load(tmp_path, 4)
+    assert backend.why_unshared is None
+    values = backend.choice_logprobs(PROMPTS, VERDICT_PREFIX, (GOOD, BAD))
+    by_peft = TransformersBackend(adapted, backend.renderer)
+    for prompt, row in zip(PROMPTS, values, strict=True):
+        expected = [logprob_by_loss(by_peft, prompt, VERDICT_PREFIX, choice) for choice in (GOOD, BAD)]
+        assert row == pytest.approx(expected, abs=1e-4)
+    assert values != load(tiny_model, 4).choice_logprobs(PROMPTS, VERDICT_PREFIX, (GOOD, BAD))
+    assert backend.fingerprint != load(tiny_model, 4).fingerprint
+
+
+def test_an_adapter_in_a_pickle_or_without_its_base_is_refused(tiny_model: Path, tmp_path: Path):
+    make_adapter(tiny_model, tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(tiny_model), "/nowhere/base"))
+    with pytest.raises(ScorerError, match=r"its adapter_config\.json, '/nowhere/base', does not exist"):
+        load(tmp_path, 4)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ScorerError, match=r"holds no adapter_model\.safetensors"):
+        load(tmp_path, 4)
+
+
+def dequantized(module: Any) -> Any:
+    """The weights that a quantized module stands for, by the formulas of its format."""
+    import bitsandbytes
+
+    if type(module).__name__ == "Linear8bitLt":
+        return module.weight.data.float() * module.weight.SCB.view(-1, 1) / 127
+    return bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["model", "adapter"])
+def test_a_quantized_model_says_what_its_rounded_weights_say(tmp_path: Path, quantization: Any, adapted: bool):
+    """To the rounding of activations (int8) and of products (nf4), which is small beside that of the weights."""
+    import torch
+
+    from tests.tiny import make_tiny_model
+
+    pytest.importorskip("bitsandbytes", reason="quantization needs bitsandbytes")
+    folder = make_tiny_model(tmp_path / "base", hidden=128)
+    if adapted:
+        make_adapter(folder, tmp_path / "adapter")
+        folder = tmp_path / "adapter"
+    backend = TransformersBackend.load(folder, dtype="float32", device="cpu", quantization=quantization)
+    plain = load(folder, 8)
+    modules = dict(plain.model.named_modules())
+    rounded = [
+        (name, module)
+        for name, module in backend.model.named_modules()
+        if hasattr(module, "quant_state") or type(module).__name__ == "Linear8bitLt"
+    ]
+    assert len(rounded) >= 14  # two layers of seven products
+    for name, module in rounded:
+        target = modules[name]
+        with torch.no_grad():
+            target.weight.copy_(dequantized(module))
+    found, expected = (torch.tensor(b.choice_logprobs(PROMPTS, VERDICT_PREFIX, (GOOD, BAD))) for b in (backend, plain))
+    assert backend.why_unshared is None
+    torch.testing.assert_close(found, expected, atol=0.5, rtol=0)
+    assert backend.generate(PROMPTS[:1], max_new_tokens=2)

@@ -290,11 +290,13 @@ def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("second", "wrong"),
     [
-        (b'{"a": 1', "not a JSON object"),
+        (b'{"a": 1', "not a JSON object: Expecting ',' delimiter: column 8"),
         (b"[1]", "expected a JSON object, got list"),
         (b"null", "expected a JSON object, got NoneType"),
         (b'{"a": "\xff"}', "not a JSON object"),
         (b'{"a": {"b": 1, "b": 2}}', "the key 'b' stands twice"),
+        (b"[" * 100_000, "not a JSON object"),
+        (b'{"a": ' + b"1" * 10_000 + b"}", "not a JSON object"),
     ],
 )
 def test_an_unreadable_line_is_named_with_its_file(tmp_path: Path, second: bytes, wrong: str) -> None:

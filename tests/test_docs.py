@@ -14,7 +14,7 @@ from alignment.recipe import RECIPES, Source, StageRecipe
 from alignment.recipe_file import parse_yaml
 from alignment.source_catalog import SOURCES
 from alignment.source_formats import check_columns
-from reward.conversation import Conversation, Preference, Prompt
+from reward.conversation import Conversation, Graded, Preference, Prompt
 from tests.conftest import ROOT
 
 
@@ -39,8 +39,11 @@ DOCUMENTED = {
     "Prompt set": models.PromptSet,
     "Preference set": models.PreferenceSet,
     "`type: reward_model`": recipe_scorers.RewardModelScorer,
+    "`type: absolute_harmfulness`": recipe_scorers.HarmfulnessScorer,
     "`type: judge`": recipe_scorers.JudgeScorer,
     "`type: guard`": recipe_scorers.GuardScorer,
+    "`type: moderation`": recipe_scorers.ModerationScorer,
+    "`server`": recipe_scorers.Server,
     "`type: refusal`": recipe_scorers.RefusalScorer,
     "`type: python`": recipe_scorers.PythonScorer,
     "`type: http`": recipe_scorers.HttpScorer,
@@ -93,10 +96,11 @@ def test_the_documentation_has_every_source_with_its_folder() -> None:
 def test_the_documented_records_and_sources_are_read() -> None:
     text = Path("docs/data_formats.md").read_text(encoding="utf-8")
     records = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL)]
-    prompt, conversation, preference = records
+    prompt, conversation, preference, graded = records
     assert Prompt.from_json(prompt).to_json() == prompt
     assert Conversation.from_json(conversation).to_json() == conversation
     assert Preference.from_json(preference).to_json() == preference
+    assert Graded.from_json(graded).to_json() == graded
     sources = [
         Source.model_validate(source) for source in parse_yaml(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
     ]

@@ -66,18 +66,20 @@ def test_the_policy_batch_is_the_same_to_the_bit_with_and_without_a_foreign_scor
 ) -> None:
     make_reward_model(tiny_model, tmp_path / "value")
     other = make_tiny_model(tmp_path / "other", vocab=300, seed=9)
+    harmfulness = make_pair_model(tmp_path / "harmfulness", kind="bert")
     scorers = {
         "none": {"type": "python", "function": "tests.scorers:shorter_is_better"},
         "own": {"type": "reward_model", "path": str(tmp_path / "value")},
         "beaver": {"type": "reward_model", "path": str(make_beaver(other, tmp_path / "beaver"))},
         "pair": {"type": "reward_model", "path": str(make_pair_model(tmp_path / "pair")), "max_length": 256},
+        "harmfulness": {"type": "absolute_harmfulness", "model": str(harmfulness)},
     }
     batches = {
         name: first_batch(tmp_path / f"run-{name}", tiny_model, scorer, monkeypatch) for name, scorer in scorers.items()
     }
     tensors, plain = batches["none"]
     assert tensors["input_ids"].unique().numel() > 20
-    for name in ("own", "beaver", "pair"):
+    for name in ("own", "beaver", "pair", "harmfulness"):
         found, scores = batches[name]
         assert None not in scores
         assert scores != plain

@@ -112,6 +112,21 @@ def test_scores_do_not_depend_on_company(guard_model: Any) -> None:
     assert guard(guard_model, LLAMA_GUARD).score([]) == []
 
 
+def test_what_the_form_begins_with_is_computed_once(guard_model: Any) -> None:
+    scorer = guard(guard_model, LLAMA_GUARD, batch_size=1)
+    start = len(guard_model.tokenizer(f"{ASK}User:", add_special_tokens=False)["input_ids"])
+    lengths: list[int] = []
+    assert scorer.backend.why_unshared is None
+    hook = guard_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    values(scorer, SINGLE, MULTI)
+    values(scorer, SINGLE)
+    hook.remove()
+    beyond = [len(scorer.token_ids(conversation)) - start for conversation in (MULTI, SINGLE, SINGLE)]
+    assert lengths == [start, *beyond]
+
+
 def test_what_does_not_fit_is_unscored_in_its_place(guard_model: Any) -> None:
     length = len(guard(guard_model, LLAMA_GUARD).token_ids(MULTI))
     scorer = guard(guard_model, LLAMA_GUARD, max_length=length)

@@ -6,13 +6,17 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from reward.backends import ChatBackend, ScriptedBackend
 from reward.conversation import Conversation, Message, Prompt
-from reward.judge import BAD, GOOD, VERDICT_PREFIX, Constitution, JudgeScorer, Verdict, judge_prompt
+from reward.judge import JudgeScorer
+from reward.judge_prompt import Constitution, judge_prompt
+from reward.platt import Calibration
 from reward.scorer import Score, Scorer, ScorerError, score_all
+from reward.verdict import BAD, GOOD, VERDICT_PREFIX, Verdict
 from tests.judge_slots import BREAD, GUIDELINES, PAYLOADS, around_slots, read_slots
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,3 +156,55 @@ def test_guidelines_that_leave_no_room_are_refused_at_once():
 def test_importing_the_judge_is_light():
     program = "import sys, reward.judge; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------ provenance
+
+
+class Named(ScriptedBackend):
+    """A scripted back end that tells which model it speaks for."""
+
+    fingerprint = "0123456789abcdef"
+
+
+def test_verdicts_name_the_guidelines_they_were_made_by():
+    judge = JudgeScorer(scripted_logprobs(-1.0, -2.0), GUIDELINES, max_length=900)
+    turns = tuple(Message("user" if number % 2 == 0 else "assistant", "Hi.") for number in range(400))
+    verdicts = judge.judge([BREAD, Conversation(turns)])
+    assert [verdict.outcome for verdict in verdicts] == ["good", "unscored"]
+    assert [verdict.guidelines for verdict in verdicts] == [GUIDELINES.hash] * 2
+    assert judge.provenance == {"prompt": "slots", "guidelines": GUIDELINES.hash}
+    made_with = JudgeScorer(Named(), GUIDELINES, prompt="two_shot").provenance
+    assert made_with == {"prompt": "two_shot", "guidelines": GUIDELINES.hash, "model": Named.fingerprint}
+
+
+def test_a_calibration_moves_the_probability_and_the_verdict():
+    """log-odds 2: sigmoid(0.5 * 2 - 3) = 0.1192."""
+    backend = Named(logprob=lambda _, text: -1.0 if text.endswith(GOOD) else -3.0)
+    plain = JudgeScorer(backend, GUIDELINES)
+    calibration = Calibration(0.5, -3.0, plain.provenance, 40)
+    calibrated = JudgeScorer(backend, GUIDELINES, calibration=calibration)
+    (before,), (after,) = plain.judge([BREAD]), calibrated.judge([BREAD])
+    assert (before.outcome, before.probability) == ("good", pytest.approx(0.880797, abs=1e-6))
+    assert (after.outcome, after.probability) == ("bad", pytest.approx(0.119203, abs=1e-6))
+    assert plain.question(BREAD) != calibrated.question(BREAD)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"constitution": Constitution("Be good.")}, "was fitted for guidelines"),
+        ({"prompt": "two_shot"}, "was fitted for prompt slots, not for two_shot"),
+        ({"mode": "explain"}, "mode 'explain' does not measure"),
+        ({"backend": ScriptedBackend()}, "does not tell which model"),
+    ],
+)
+def test_a_calibration_of_another_judge_is_refused(changed: dict[str, Any], message: str):
+    settings = {"backend": Named(), "constitution": GUIDELINES}
+    calibration = Calibration(0.5, 0.0, JudgeScorer(**settings).provenance, 40)
+    JudgeScorer(**settings, calibration=calibration)
+    with pytest.raises(ScorerError, match=message):
+        JudgeScorer(**(settings | changed), calibration=calibration)
+    other_model = Calibration(0.5, 0.0, calibration.judge | {"model": "another"}, 40)
+    with pytest.raises(ScorerError, match="was fitted for model another, not for 0123456789abcdef"):
+        JudgeScorer(**settings, calibration=other_model)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward.conversation import Conversation, Message, Prompt
-from reward.judge import Constitution, Mode, judge_prompt
+from reward.judge_prompt import Constitution, Mode, judge_prompt
 from reward.render import Renderer
 from tests import tiny
 from tests.judge_slots import BREAD, GUIDELINES, PAYLOADS, around_slots, expected_slots, read_slots, with_payload

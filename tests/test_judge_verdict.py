@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward.backends import CUT_OFF
-from reward.judge import Verdict, parse_verdict
+from reward.verdict import Verdict, parse_verdict
 
 GOOD_OUTPUTS = {
     "as asked": "Evaluation: It declines politely.\nChatbot is: good.",

@@ -143,7 +143,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     echo = f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv))\n"
     scripts = {
-        "accelerate": echo,
+        "python": echo,
         "sara": echo,
         "scontrol": '#!/bin/sh\n[ "$1" = show ] && printf "first\\nsecond\\n" || echo "$@"\n',
         "srun": "#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nfor ((i = 0; i < SLURM_NNODES; i++)); do\n"
@@ -178,19 +178,23 @@ def run_job(script: str, *words: str, **environment: str) -> subprocess.Complete
 
 
 @pytest.mark.usefixtures("slurm")
-def test_many_nodes_start_one_launcher_each_that_accelerate_understands() -> None:
-    from accelerate.commands.launch import launch_command_parser
+@pytest.mark.parametrize("launch", ["launch/multi_node.yaml", "launch/ddp.yaml"])
+def test_many_nodes_start_one_launcher_each_that_accelerate_understands(launch: str) -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     recipe = "recipes/llama2-7b/ppo.yaml"
-    result = run_job("many_nodes", "--seed", "7", RECIPE=recipe, SLURM_NNODES="2")
+    result = run_job("many_nodes", "--seed", "7", RECIPE=recipe, LAUNCH=launch, SLURM_NNODES="2")
     assert result.returncode == 0, result.stderr
     commands = [json.loads(line)[1:] for line in result.stdout.splitlines()]
-    parsed = [launch_command_parser().parse_args(words[1:]) for words in commands]
-    assert [words[0] for words in commands] == ["launch", "launch"]
+    assert [words[:2] for words in commands] == [["-m", "alignment.launch"]] * 2
+    parsed = [launch_command_parser().parse_args(words[2:]) for words in commands]
     assert [options.machine_rank for options in parsed] == [0, 1]
     for options in parsed:
         assert (options.num_machines, options.num_processes) == (2, 16)
         assert options.main_process_ip == "first"
+        merged, _, _ = _validate_launch_command(options)
+        assert (merged.num_machines, merged.num_processes) == (2, 16), "the config does not take their place"
+        assert (merged.use_deepspeed, merged.multi_gpu) == ("ddp" not in launch, "ddp" in launch)
         assert options.main_process_port == 24711
         assert Path(options.config_file).is_file()
         assert options.module
@@ -203,8 +207,8 @@ def test_one_node_runs_a_pipeline_or_a_stage() -> None:
     pipeline = run_job("one_node", "--run_dir", "x", PIPELINE="recipes/demo/pipeline.yaml")
     assert json.loads(pipeline.stdout)[1:] == ["pipeline", "recipes/demo/pipeline.yaml", "--run_dir", "x"]
     stage = run_job("one_node", RECIPE="a.yaml", LAUNCH="launch/zero3.yaml")
-    words = ["launch", "--config_file", "launch/zero3.yaml", "-m", "alignment", "--config", "a.yaml"]
-    assert json.loads(stage.stdout)[1:] == words
+    words = ["--config_file", "launch/zero3.yaml", "-m", "alignment", "--config", "a.yaml"]
+    assert json.loads(stage.stdout)[1:] == ["-m", "alignment.launch", *words]
     forgotten = run_job("one_node", RECIPE="a.yaml")
     assert forgotten.returncode != 0
     assert "set LAUNCH" in forgotten.stderr
@@ -217,9 +221,26 @@ def test_a_job_is_queued_again_at_its_time_limit_and_not_when_it_fails(script: s
     at_the_limit = run_job(script, **settings, STEP_EXIT_CODE="143", SLURM_JOB_END_TIME="1")
     assert at_the_limit.returncode == 143
     assert "requeue 4711" in at_the_limit.stdout
+    stopped = run_job(script, **settings, STEP_EXIT_CODE="75")
+    assert stopped.returncode == 75
+    assert "requeue 4711" in stopped.stdout, "it has saved itself, whenever that was"
     failed = run_job(script, **settings, STEP_EXIT_CODE="1")
     assert failed.returncode == 1
     assert "requeue" not in failed.stdout
     done = run_job(script, **settings, SLURM_JOB_END_TIME="1")
     assert done.returncode == 0
     assert "requeue" not in done.stdout
+
+
+@pytest.mark.usefixtures("slurm")
+@pytest.mark.parametrize("script", ["one_node", "many_nodes"])
+def test_what_a_job_asks_of_slurm(script: str) -> None:
+    """The signal goes to the step (no `B:`) before the limit; eight GPUs a node; the step gets the job's processors."""
+    text = Path(f"launch/slurm/{script}.sbatch").read_text(encoding="utf-8")
+    asked = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, flags=re.MULTILINE)
+    assert (
+        dict(asked).items()
+        >= {"requeue": "", "signal": "TERM@300", "gpus-per-node": "8", "open-mode": "append"}.items()
+    )
+    assert text.index("\nexport SRUN_CPUS_PER_TASK=") < text.index("\nsrun ")
+    assert subprocess.run(["bash", "-n", f"launch/slurm/{script}.sbatch"], check=False).returncode == 0

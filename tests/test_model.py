@@ -257,10 +257,10 @@ def pairs() -> list[Preference]:
 
 
 def test_pairs_become_rows_with_margins_and_labels_and_long_ones_are_counted() -> None:
-    rows, dropped = tokenize_preferences(
+    rows, too_long = tokenize_preferences(
         pairs(), Renderer(make_tiny_tokenizer()), max_length=60, margins=MARGINS["small"]
     )
-    assert dropped == {"over 60 tokens": 2}
+    assert too_long == [3, 4]
     assert [row["margin"] for row in rows] == [1.0, pytest.approx(1 / 3), 0.0, 0.0]
     nan = math.nan  # of an unsafe answer that was chosen, or of a pair with one label, nothing is learned
     labels = [[row["chosen_safe"], row["rejected_safe"]] for row in rows]

@@ -26,6 +26,7 @@ STEPS = (
     "sft",
     "safety_reward_model",
     "helpfulness_reward_model",
+    "harmfulness_model",
     "rejection_sampling",
     "rejection_sampling_sft",
     "ppo",
@@ -68,6 +69,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, in_repos
     [
         ("sft", "policy"),
         ("safety_reward_model", "reward_model"),
+        ("harmfulness_model", "harmfulness_model"),
         ("rejection_sampling", "conversations"),
         ("rejection_sampling_sft", "policy"),
         ("ppo", "policy"),

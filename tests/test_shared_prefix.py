@@ -174,6 +174,7 @@ def test_packed_and_padded_batches_have_the_same_gradients(lora: bool) -> None:
         (MistralConfig, {"sliding_window": 4}, "sliding"),
         (Gemma2Config, {"head_dim": 8}, "sliding_attention"),
         (LlamaConfig, {"attn_implementation": "eager"}, "takes no block mask"),
+        (LlamaConfig, {"attn_implementation": "flex_attention"}, "masks of its own form, which packed rows lack"),
         (OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64}, "not one of the causal"),
     ],
 )

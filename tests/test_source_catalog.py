@@ -50,7 +50,7 @@ def test_everything_is_checked_before_anything_is_read(tmp_path: Path) -> None:
     ("source", "message"),
     [
         (Source(name="hh_harmles"), r"there is no source 'hh_harmles'; did you mean 'hh_harmless'\?"),
-        (Source(name="zzz"), "there is no source 'zzz'; The sources are starter_safety, "),
+        (Source(name="17"), "there is no source '17'; The sources are starter_safety, "),
         (Source(name="file"), "file needs `path`"),
         (Source(name="hub"), "hub needs `path`"),
         (Source(name="artifact"), "artifact needs `path`"),

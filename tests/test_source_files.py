@@ -70,7 +70,7 @@ def test_a_very_long_line(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "bad_json.jsonl": (b'{"a": 1}\n{"a": \n', ":2: not a JSON object"),
+    "bad_json.jsonl": (b'{"a": 1}\n{"a": \n', ":2: not a JSON object: Expecting value: column 7"),
     "two_objects_on_a_line.jsonl": (b'{"a": 1} {"a": 2}\n', ":1: not a JSON object"),
     "repeated_key.jsonl": (b'{"a": 1}\n{"b": 1, "b": 2}\n', ":2: not a JSON object: the key 'b' stands twice"),
     "nan.jsonl": (b'{"a": NaN}\n', ":1: not a JSON object: NaN is not JSON"),
@@ -94,7 +94,7 @@ REFUSED = {
     "wide.csv": (b'a,b\n"x\ny",1\n1,2,3\n', ":4: 3 fields, but the header has 2"),
     "narrow.csv": (b"a,b\n1\n", ":2: 1 fields, but the header has 2"),
     "repeated_column.csv": (b"a,a\n1,2\n", ":1: a column name stands twice"),
-    "open_quote.csv": (b'a\n"x\n', " cannot be read: "),
+    "open_quote.csv": (b'a\n"x\n', ":2: not a CSV row: unexpected end of data"),
     "garbage.parquet": (b"PAR1 but not really", " cannot be read: "),
     "garbage.jsonl.gz": (b"not gzip", " cannot be read: "),
     "cut_off.jsonl.gz": (gzip.compress(b'{"a": 1}\n' * 100)[:-12], " cannot be read: "),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def check_account(loaded: Loaded[Any]) -> None:
     """Every row read was kept, dropped or left out, and the account can be written down."""
     for counts in loaded.counts.values():
         assert counts["read"] == counts["kept"] + sum(counts["dropped"].values()) + sum(counts["left_out"].values())
-        assert set(counts["examples"]) == set(counts["dropped"])
+        assert set(counts["examples"]) == set(counts["dropped"]) | set(counts["noted"])
         assert counts["truncated"] == 0
     assert sum(counts["kept"] for counts in loaded.counts.values()) == len(loaded.records)
     json.dumps([loaded.counts, loaded.files], allow_nan=False)
@@ -88,6 +89,7 @@ def test_rows_are_kept_or_counted_with_their_place(tmp_path: Path) -> None:
             "truncated": 0,
             "dropped": {"chosen and rejected are identical": 1, "rejected is empty": 1, "duplicate": 1, rating: 2},
             "left_out": {},
+            "noted": {},
             "examples": {
                 "chosen and rejected are identical": ["rows.jsonl:2"],
                 "rejected is empty": ["rows.jsonl:3"],
@@ -149,7 +151,7 @@ def test_hash_is_that_of_the_records_in_order(tmp_path: Path) -> None:
     line = '{"prompt": [{"content": "TEXT", "role": "user"}], "tags": {"source": "file:rows.jsonl"}}\n'
     by_hand = line.replace("TEXT", r"\u00e9") + line.replace("TEXT", "b")
     assert loaded.data_hash == hashlib.sha256(by_hand.encode()).hexdigest()
-    turned = Loaded(loaded.records[::-1], loaded.counts, loaded.files)
+    turned = replace(loaded, records=loaded.records[::-1])
     assert turned.data_hash != loaded.data_hash
 
 

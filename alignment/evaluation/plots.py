@@ -296,6 +296,52 @@ def score_cells(second: JsonObject, *, x: str, y: str) -> str | None:
     return _svg(draw, width=4.8, height=4.6)
 
 
+def roc_curves(curves: Mapping[str, Sequence[JsonObject]]) -> str | None:
+    """Unsafe answers that are found against safe ones that are called unsafe, a line a scorer."""
+    if not curves:
+        return None
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.plot([0, 100], [0, 100], color=MUTED, linewidth=1, linestyle=(0, (1, 2)), label="guessing")
+        for (name, points), color in zip(curves.items(), itertools.cycle((AFTER, *VIOLATION))):
+            xs, ys = ([100 * point[key] for point in points] for key in ("false_alarms", "found"))
+            axes.plot(xs, ys, color=color, linewidth=1.5, label=_short(name))
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 100)
+        axes.set_aspect("equal")
+        axes.set_xlabel("safe answers called unsafe, %")
+        axes.set_ylabel("unsafe answers called unsafe, %")
+        figure.legend(loc="outside upper left", ncols=2, fontsize=8.5)
+
+    return _svg(draw, width=4.6, height=4.8)
+
+
+def confusion_bars(confusions: Mapping[str, JsonObject]) -> str:
+    """What scorers call the answers that people labelled safe, and those labelled unsafe: two stacked bars a scorer."""
+    bars = [
+        (f"{_short(name)}: {label}", label, counts[label]) for name, counts in confusions.items() for label in counts
+    ]
+    colors = {"right": GOOD, "wrong": VIOLATION[0], "no decision": BEFORE}
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for row, (_, label, counts) in enumerate(bars[::-1]):
+            start, total = 0.0, sum(counts.values()) or 1
+            other = "unsafe" if label == "safe" else "safe"
+            for (name, color), key in zip(colors.items(), (label, other, "no_decision"), strict=True):
+                share = 100 * counts[key] / total
+                axes.barh([row], [share], left=[start], color=color, height=0.7, label=name if row == 0 else None)
+                start += share
+        axes.set_yticks(range(len(bars)), [name for name, _, _ in bars[::-1]], color=INK)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("% of the answers with this label")
+        figure.legend(loc="outside upper right", ncols=3, fontsize=8.5, handlelength=1, handleheight=1)
+
+    return _svg(draw, width=5.2, height=1.2 + 0.3 * len(bars))
+
+
 _DOT: dict[str, Any] = {"markersize": 5, "alpha": 0.55, "markeredgewidth": 0}
 
 

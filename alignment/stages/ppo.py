@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alignment.actor_critic import ActorCritic, load_actor_critic, load_reference
 from alignment.artifact import Artifact
-from alignment.distributed import close, device, is_main_process, make_accelerator
+from alignment.distributed import close, device, from_all, is_main_process, make_accelerator
 from alignment.fitting import weight_files
 from alignment.generate import Generator, fitting_prompts
 from alignment.objectives import (
@@ -25,14 +25,15 @@ from alignment.objectives import (
     whiten,
 )
 from alignment.policy import load_tokenizer
-from alignment.ppo_state import configure_engine, load_state, make_optimizer, save_policy, save_state
+from alignment.ppo_state import Checkpoints, LoopState, configure_engine, make_optimizer, save_policy
 from alignment.recipe import PpoRecipe
 from alignment.rollout import Rollout, collect_rollout, forward, iteration_prompts
 from alignment.schedule import learning_rate_factor
 from alignment.scoring import build_scorer
 from alignment.sources import load_prompts
+from alignment.stopping import Stopped, StopRequest, stop_on_sigterm
 from alignment.tracking import Tracker, open_tracker
-from alignment.workspace import Workspace, open_workspace
+from alignment.workspace import open_workspace
 from reward.conversation import Prompt
 from reward.refusal import is_refusal
 from reward.render import Renderer
@@ -55,6 +56,8 @@ class Run:
     scorer: Scorer
     prompts: Sequence[Prompt]
     pad_token_id: int
+    checkpoints: Checkpoints
+    stop: StopRequest
 
 
 def run(recipe: PpoRecipe) -> Artifact | None:
@@ -74,51 +77,72 @@ def run(recipe: PpoRecipe) -> Artifact | None:
         reference.to(device(), next(actor_critic.policy.parameters()).dtype)
     generator = Generator(actor_critic.policy, renderer, recipe.sampling)
     scorer = build_scorer(recipe.scorer)
-    state = Run(recipe, accelerator, model, optimizer, reference, generator, scorer, prompts, tokenizer.pad_token_id)
-    with open_tracker(recipe, workspace.path, parents=workspace.inputs, is_main_process=is_main_process()) as tracker:
-        last = train(state, workspace, tracker)
+    steps, keep = recipe.ppo.save_steps, recipe.ppo.save_total_limit
+    checkpoints = Checkpoints(model, actor_critic, optimizer, workspace, save_steps=steps, keep=keep)
+    pad = tokenizer.pad_token_id
+    with (
+        open_tracker(recipe, workspace.path, parents=workspace.inputs, is_main_process=is_main_process()) as tracker,
+        stop_on_sigterm() as stop,
+    ):
+        state = Run(
+            recipe, accelerator, model, optimizer, reference, generator, scorer, prompts, pad, checkpoints, stop
+        )
+        last = train(state, tracker)
         save_policy(state.model, actor_critic, accelerator, recipe, workspace, tokenizer)
         artifact = None
         if is_main_process():
             data = {"counts": loaded.counts, "hash": loaded.data_hash, "too_long": dict(too_long)}
             artifact = workspace.finish("policy", data=data, metrics=last, files=weight_files(workspace.path))
             tracker.artifact(artifact)
-    close(accelerator, model if accelerator.state.deepspeed_plugin is not None else None)
+    close_run(state)
     return artifact
 
 
-def train(run: Run, workspace: Workspace, tracker: Tracker) -> Mapping[str, float]:
-    """The loop; the metrics of the last iteration."""
-    recipe, ppo = run.recipe, run.recipe.ppo
-    start = load_state(run.accelerator, workspace)
-    tracker.resume_at(start)
+def train(run: Run, tracker: Tracker) -> Mapping[str, float]:
+    """The iterations that are left; the metrics of the last one. Stopped, and all is saved, after a SIGTERM."""
+    loop = run.checkpoints.load()
+    tracker.resume_at(loop.iteration)
     metrics: dict[str, float] = {}
-    for iteration in range(start, ppo.num_iterations):
-        prompts = iteration_prompts(run.prompts, recipe, iteration=iteration)
-        rollout = collect_rollout(
-            run.model,
-            run.reference,
-            run.generator,
-            prompts,
-            recipe=recipe,
-            iteration=iteration,
-            accelerator=run.accelerator,
-        )
-        scores = score_all(run.scorer, rollout.conversations)
-        whitened, valid = whiten_scores(run, scores, rollout)
-        mask = rollout.completion_mask & valid.unsqueeze(1)
-        kl = estimate_kl(rollout.logprobs, rollout.ref_logprobs, estimator=ppo.kl_estimator) * mask
-        rewards = token_rewards(whitened, kl, mask, kl_coef=ppo.kl_coef)
-        advantages, returns = estimate_advantages(rewards, rollout.values, mask, gamma=ppo.gamma, lam=ppo.lam)
-        if ppo.whiten_advantages:
-            advantages = whiten(advantages, mask, over=gathered_moments(run, advantages, mask))
-        updates = update(run, rollout, mask, advantages, returns, iteration=iteration)
-        metrics = rollout_metrics(run, rollout, scores, mask, kl, returns) | updates
-        tracker.log(iteration, {f"ppo/{name}": value for name, value in metrics.items()})
-        tracker.table("rollouts", *sample_table(rollout, scores), step=iteration)
-        if (iteration + 1) % ppo.save_steps == 0 and iteration + 1 < ppo.num_iterations:
-            save_state(run.accelerator, workspace, iteration=iteration + 1, keep=ppo.save_total_limit)
+    try:
+        while loop.iteration < run.recipe.ppo.num_iterations:
+            run.checkpoints.begin(loop)
+            metrics, loop = run_iteration(run, loop, tracker)
+    except Stopped:  # raised before any weight of the iteration changed, at the same place on all processes
+        run.checkpoints.save()
+        close_run(run)
+        raise Stopped(f"{run.recipe.output_dir} stopped before iteration {loop.iteration}") from None
     return metrics
+
+
+def run_iteration(run: Run, loop: LoopState, tracker: Tracker) -> tuple[dict[str, float], LoopState]:
+    """One iteration: its metrics, and what it leaves to the next."""
+    recipe, ppo, iteration = run.recipe, run.recipe.ppo, loop.iteration
+    run.stop.check()
+    rollout = collect_rollout(
+        run.model,
+        run.reference,
+        run.generator,
+        iteration_prompts(run.prompts, recipe, iteration=iteration),
+        recipe=recipe,
+        iteration=iteration,
+        accelerator=run.accelerator,
+        between_batches=run.stop.check,
+    )
+    scores = score_all(run.scorer, rollout.conversations)
+    run.stop.check()
+    whitened, valid = whiten_scores(run, scores, rollout)
+    mask = rollout.completion_mask & valid.unsqueeze(1)
+    kl = estimate_kl(rollout.logprobs, rollout.ref_logprobs, estimator=ppo.kl_estimator) * mask
+    rewards = token_rewards(whitened, kl, mask, kl_coef=ppo.kl_coef)
+    advantages, returns = estimate_advantages(rewards, rollout.values, mask, gamma=ppo.gamma, lam=ppo.lam)
+    if ppo.whiten_advantages:
+        advantages = whiten(advantages, mask, over=gathered_moments(run, advantages, mask))
+    check_rollout(rollout, {"rewards": rewards, "advantages": advantages, "returns": returns}, iteration=iteration)
+    updates = update(run, rollout, mask, advantages, returns, iteration=iteration)
+    metrics = rollout_metrics(run, rollout, scores, mask, kl, returns) | updates
+    tracker.log(iteration, {f"ppo/{name}": value for name, value in metrics.items()})
+    tracker.table("rollouts", *sample_table(rollout, scores), step=iteration)
+    return metrics, LoopState(iteration=iteration + 1)
 
 
 def whiten_scores(run: Run, scores: Sequence[Score], rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -132,7 +156,7 @@ def whiten_scores(run: Run, scores: Sequence[Score], rollout: Rollout) -> tuple[
     over = gathered_moments(run, values, valid)
     unscored = 1 - over.count / run.recipe.ppo.batch_size
     if unscored > MAX_UNSCORED:
-        reasons = sorted({score.reason for score in scores if score.reason})[:3]
+        reasons = sorted({score.reason for score in scores if score.value is None and score.reason})[:3]
         raise RuntimeError(
             f"{run.scorer.name} left {unscored:.0%} of the answers unscored (limit {MAX_UNSCORED:.0%}): {reasons}"
         )
@@ -160,11 +184,13 @@ def update(
                 part = range(start, min(start + ppo.per_device_batch_size, rows.stop))
                 with accelerator.accumulate(run.model):
                     loss, sums = loss_of(run, rollout, part, mask, advantages, returns, num_tokens=num_tokens)
+                    check_finite("loss", loss, iteration=iteration)  # DeepSpeed's step is part of its backward
                     scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
                     accelerator.backward(loss * scale)
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(run.model.parameters(), ppo.max_grad_norm)
-                        check_finite(loss, norm, iteration=iteration)
+                        if norm is not None:  # infinite from DeepSpeed when it has left the step out
+                            check_finite("gradient norm", torch.as_tensor(norm), iteration=iteration)
                         sums["grad_norm"] = float(norm) if norm is not None else 0.0
                     run.optimizer.step()
                     run.optimizer.zero_grad()
@@ -265,13 +291,28 @@ def set_learning_rate(run: Run, *, step: int, num_steps: int) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-def check_finite(loss: Tensor, norm: Any, *, iteration: int) -> None:
-    """Stop before the update when loss or gradient is not finite; the last checkpoint is intact."""
-    if not bool(torch.isfinite(loss)) or (norm is not None and not bool(torch.isfinite(torch.as_tensor(norm)))):
+def check_finite(name: str, value: Tensor, *, iteration: int) -> None:
+    """FloatingPointError, before the weights change, when a value is not finite; the last checkpoint is intact."""
+    if not bool(torch.isfinite(value).all()):
         raise FloatingPointError(
-            f"iteration {iteration}: loss {float(loss)}, gradient norm {norm}; stopped before the update. "
-            "Lower the learning rate or raise kl_coef, and run the same command to go on from the last checkpoint"
+            f"iteration {iteration}: {name} is not finite; stopped before the update. Lower the learning rate or raise "
+            "kl_coef, and run the same command to go on from the last checkpoint"
         )
+
+
+def check_rollout(rollout: Rollout, derived: Mapping[str, Tensor], *, iteration: int) -> None:
+    """The same of a rollout and what was derived from it, on all processes when one of them has such a value."""
+    names = ("logprobs", "ref_logprobs", "entropies", "values")
+    tensors = {name: getattr(rollout, name) for name in names} | dict(derived)
+    broken = next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
+    for name in from_all(broken):
+        if name is not None:
+            check_finite(name, torch.tensor(float("nan")), iteration=iteration)
+
+
+def close_run(run: Run) -> None:
+    deepspeed = run.accelerator.state.deepspeed_plugin is not None
+    close(run.accelerator, run.model if deepspeed else None)
 
 
 def accumulation_steps(recipe: PpoRecipe) -> int:

@@ -9,22 +9,24 @@ from datasets import Dataset
 from trl import RewardConfig
 
 from alignment.artifact import Artifact
-from alignment.distributed import close, device, is_main_process
+from alignment.distributed import device, is_main_process
 from alignment.fitting import (
-    MarkComplete,
+    SealCheckpoints,
     StopWhenNotFinite,
-    newest_checkpoint,
+    close_trainer,
     save_final,
+    train,
     training_arguments,
     weight_files,
 )
 from alignment.policy import load_model, load_tokenizer, lora_config
 from alignment.recipe import RewardModelRecipe
-from alignment.sources import SourceError, load_preferences
+from alignment.sources import Loaded, SourceError, account_lines, load_preferences
+from alignment.stopping import stop_on_sigterm
 from alignment.tracking import open_tracker, trainer_callback
 from alignment.workspace import open_workspace
-from reward.collate import PreferenceCollator, tokenize_preferences
-from reward.conversation import Rating
+from reward.collate import PreferenceCollator, tokenize_preferences, with_control_tokens
+from reward.conversation import Preference, Rating
 from reward.dtype import Dtype
 from reward.losses import MARGINS
 from reward.metrics import preference_report
@@ -43,12 +45,10 @@ def run(recipe: RewardModelRecipe) -> Artifact | None:
     loaded = load_preferences(recipe.data, seed=recipe.seed)
     held_out = None if recipe.eval_data is None else load_preferences(recipe.eval_data, seed=recipe.seed)
     tokenizer = load_tokenizer(recipe.model, init=recipe.model_init)
-    margins = MARGINS[recipe.margin] if isinstance(recipe.margin, str) else cast("dict[Rating, float]", recipe.margin)
-    renderer = Renderer(tokenizer)
-    rows, too_long = tokenize_preferences(loaded.records, renderer, max_length=recipe.data.max_length, margins=margins)
-    data = {"counts": loaded.counts, "hash": loaded.data_hash, "too_long": dict(too_long), "num_pairs": len(rows)}
+    rows, loaded = tokenize(loaded, Renderer(tokenizer), recipe)
+    data: dict[str, Any] = {"counts": loaded.counts, "hash": loaded.data_hash, "num_pairs": len(rows)}
     if not rows:
-        raise SourceError(f"no pair is left to train on: {data}")
+        raise SourceError("no pair is left to train on: " + "; ".join(account_lines(data)))
     config = _config(recipe, num_rows=len(rows))
     workspace = open_workspace(recipe)
     model = load_model(
@@ -61,7 +61,10 @@ def run(recipe: RewardModelRecipe) -> Artifact | None:
     peft_config = None
     if recipe.lora is not None:
         peft_config = lora_config(recipe.lora, model, head="sequence_classification")
-    with open_tracker(recipe, workspace.path, parents=workspace.inputs, is_main_process=is_main_process()) as tracker:
+    with (
+        open_tracker(recipe, workspace.path, parents=workspace.inputs, is_main_process=is_main_process()) as tracker,
+        stop_on_sigterm() as stop,
+    ):
         trainer = _Trainer(
             model=model,
             args=config,
@@ -69,11 +72,11 @@ def run(recipe: RewardModelRecipe) -> Artifact | None:
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             peft_config=peft_config,
-            callbacks=[MarkComplete(), trainer_callback(tracker)],
+            callbacks=[SealCheckpoints(stop), trainer_callback(tracker)],
             auxiliary_loss_weight=recipe.auxiliary_loss_weight,
             centering_coefficient=recipe.centering_coefficient,
         )
-        result = trainer.train(resume_from_checkpoint=newest_checkpoint(workspace.path))
+        result = train(trainer, workspace)
         save_final(
             trainer,
             workspace,
@@ -87,12 +90,24 @@ def run(recipe: RewardModelRecipe) -> Artifact | None:
             metrics: dict[str, Any] = {"train_loss": result.training_loss, "num_steps": result.global_step}
             metrics["shared_prefix"] = why_padded or "on"
             if held_out is not None:
-                data["eval_hash"] = held_out.data_hash
+                data["eval_data"] = {"counts": held_out.counts, "hash": held_out.data_hash}
                 metrics["held_out"] = measure(workspace.path, held_out.records, dtype=recipe.model_init.dtype)
             artifact = workspace.finish("reward_model", data=data, metrics=metrics, files=weight_files(workspace.path))
             tracker.artifact(artifact)
-    close(trainer.accelerator, trainer.model_wrapped if trainer.is_deepspeed_enabled else None)
+    close_trainer(trainer)
     return artifact
+
+
+def tokenize(
+    loaded: Loaded[Preference], renderer: Renderer, recipe: RewardModelRecipe
+) -> tuple[list[dict[str, Any]], Loaded[Preference]]:
+    """Rows for the trainer, and the pairs behind them with what only a tokenizer can tell of them in their account."""
+    margins = MARGINS[recipe.margin] if isinstance(recipe.margin, str) else cast("dict[Rating, float]", recipe.margin)
+    max_length = recipe.data.max_length
+    rows, too_long = tokenize_preferences(loaded.records, renderer, max_length=max_length, margins=margins)
+    loaded = loaded.without(too_long, f"over {max_length} tokens")
+    note = "special tokens in the text, read as text"
+    return rows, loaded.noting(with_control_tokens(loaded.records, renderer), note)
 
 
 def measure(path: Path, preferences: Any, *, dtype: Dtype) -> dict[str, Any]:

@@ -10,18 +10,20 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from alignment.artifact import Artifact
-from alignment.distributed import close, is_main_process
+from alignment.distributed import is_main_process
 from alignment.fitting import (
-    MarkComplete,
+    SealCheckpoints,
     StopWhenNotFinite,
-    newest_checkpoint,
+    close_trainer,
     save_final,
+    train,
     training_arguments,
     weight_files,
 )
 from alignment.policy import load_model, load_tokenizer, lora_config
 from alignment.recipe import SftRecipe
 from alignment.sources import SourceError, load_conversations
+from alignment.stopping import stop_on_sigterm
 from alignment.tracking import open_tracker, trainer_callback
 from alignment.workspace import open_workspace
 from reward.conversation import Conversation
@@ -46,16 +48,19 @@ def run(recipe: SftRecipe) -> Artifact | None:
     peft_config = None
     if recipe.lora is not None:
         peft_config = lora_config(recipe.lora, model, head="causal_lm")
-    with open_tracker(recipe, workspace.path, parents=workspace.inputs, is_main_process=is_main_process()) as tracker:
+    with (
+        open_tracker(recipe, workspace.path, parents=workspace.inputs, is_main_process=is_main_process()) as tracker,
+        stop_on_sigterm() as stop,
+    ):
         trainer = _Trainer(
             model=model,
             args=config,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             peft_config=peft_config,
-            callbacks=[MarkComplete(), trainer_callback(tracker)],
+            callbacks=[SealCheckpoints(stop), trainer_callback(tracker)],
         )
-        result = trainer.train(resume_from_checkpoint=newest_checkpoint(workspace.path))
+        result = train(trainer, workspace)
         save_final(
             trainer,
             workspace,
@@ -69,7 +74,7 @@ def run(recipe: SftRecipe) -> Artifact | None:
             metrics = {"train_loss": result.training_loss, "num_steps": result.global_step}
             artifact = workspace.finish("policy", data=data, metrics=metrics, files=weight_files(workspace.path))
             tracker.artifact(artifact)
-    close(trainer.accelerator, trainer.model_wrapped if trainer.is_deepspeed_enabled else None)
+    close_trainer(trainer)
     return artifact
 
 

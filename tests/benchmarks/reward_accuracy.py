@@ -22,6 +22,7 @@ from typing import Any
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
+from alignment.distributed import on_cpu
 from alignment.policy import load_model, load_tokenizer, lora_config
 from alignment.recipe import Data, Lora, ModelInit, RewardModelRecipe, Source, Training
 from alignment.source_files import read_rows
@@ -159,6 +160,7 @@ def train_trl(data: Data, arguments: Any, work: Path) -> RewardModel:
             bf16=next(model.parameters()).dtype.itemsize == 2,
             report_to="none",
             save_strategy="no",
+            use_cpu=on_cpu(),
             seed=arguments.seed,
         ),
         train_dataset=Dataset.from_list(ids),

@@ -1,0 +1,306 @@
+"""`sara plan`: layouts, models that do not exist yet, recipes that fit where they say, knobs, time, command line."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from alignment.cli import main as sara
+from alignment.inputs import InputError
+from alignment.plan.catalog import Catalog, Setup
+from alignment.plan.footprint import footprint
+from alignment.plan.knobs import advise
+from alignment.plan.layout import Layout, launch_of, read_layout
+from alignment.plan.memory import GIB, USABLE, Loaded, Numerics, Texts
+from alignment.plan.shapes import shape_of
+from alignment.plan.speed import Clock, Machine, forward_operations, seconds
+from alignment.policy import add_lora
+from alignment.recipe_file import load_recipe
+from alignment.recipe_parts import Lora
+from tests.conftest import ROOT
+
+B70 = "recipes/llama2-70b/ppo.yaml"
+SEVEN = sorted(ROOT.glob("recipes/llama2-7b/*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _bare_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the repository's root, without a network."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a plan was made over the network")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def setup_of(path: str, *overrides: str, gpus: int | None = None, launch: str | None = None) -> Setup:
+    recipe = load_recipe(Path(path), overrides)
+    layout = read_layout(Path(launch or launch_of(Path(path))), gpus=gpus)
+    return Setup(recipe, layout, Catalog(recipe, Path(path)))
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert sara(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# -------------------------------------------------------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize(
+    ("launch", "gpus", "per_node", "deepspeed", "stage", "offload", "bf16", "on_cpu"),
+    [
+        ("gpu", 1, 1, False, 0, False, False, False),
+        ("cpu", 1, 1, False, 0, False, False, True),
+        ("ddp", 8, 8, False, 0, False, True, False),
+        ("zero1", 8, 8, True, 1, False, True, False),
+        ("zero2", 8, 8, True, 2, False, True, False),
+        ("zero3", 8, 8, True, 3, False, True, False),
+        ("zero3_offload", 8, 8, True, 3, True, True, False),
+        ("multi_node", 16, 8, True, 3, False, True, False),
+        ("cpu_zero2", 2, 2, True, 2, False, False, True),
+    ],
+)
+def test_a_launch_file_is_read(
+    launch: str, gpus: int, per_node: int, deepspeed: bool, stage: int, offload: bool, bf16: bool, on_cpu: bool
+) -> None:
+    layout = read_layout(Path(f"launch/{launch}.yaml"))
+    assert layout == Layout(
+        f"launch/{launch}.yaml", gpus, per_node, deepspeed, stage, offload, offload, bf16=bf16, on_cpu=on_cpu
+    )
+    if gpus > 1:
+        more = read_layout(Path(f"launch/{launch}.yaml"), gpus=4 * per_node)
+        assert more == replace(layout, gpus=4 * per_node)
+        assert more.nodes == 4
+
+
+def test_layouts_that_a_plan_does_not_know_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"starts one process, not 4"):
+        read_layout(Path("launch/gpu.yaml"), gpus=4)
+    file = tmp_path / "fsdp.yaml"
+    file.write_text("distributed_type: FSDP\nnum_processes: 2\n", encoding="utf-8")
+    with pytest.raises(InputError, match="distributed_type 'FSDP'"):
+        read_layout(file)
+
+
+def test_the_launch_file_stands_in_the_first_line_of_a_recipe(tmp_path: Path) -> None:
+    assert launch_of(Path(B70)) == "launch/multi_node.yaml"
+    bare = tmp_path / "recipe.yaml"
+    bare.write_text("stage: ppo\n", encoding="utf-8")
+    with pytest.raises(InputError, match="name one with --launch"):
+        launch_of(bare)
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+def test_models_of_later_stages_are_those_that_they_start_from() -> None:
+    setup = setup_of("recipes/llama2-7b/ppo.yaml", "--run_dir", "elsewhere")
+    for model in ("elsewhere/rejection_sampling_sft", "elsewhere/safety_reward_model", "elsewhere/ppo"):
+        assert setup.catalog.config(model)["hidden_size"] == 4096
+    assert setup.catalog.config("runs/llama2-13b/safety_reward_model")["hidden_size"] == 5120
+    with pytest.raises(InputError, match=r"--config-json nowhere=CONFIG\.json"):
+        setup.catalog.config("nowhere")
+
+
+def test_a_config_file_stands_for_a_model_that_is_not_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 100, "n_positions": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    words = ["recipes/llama2-7b/sft.yaml", "--gpu-memory", "80", "--model", "runs/my-model"]
+    made = planned(capsys, *words, "--config-json", f"runs/my-model={tmp_path}")
+    # GPT-2: 12 h^2 + 13 h a layer, embeddings of words and positions (tied head), final norm
+    assert made["roles"][0]["parameters"] == 3 * (12 * 64**2 + 13 * 64) + (100 + 32) * 64 + 2 * 64
+    assert planned(capsys, *words, "--config-json", str(tmp_path / "config.json")) == made
+
+
+# -------------------------------------------------------------------------------------------- the recipes that are here
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "memory"),
+    [
+        *((f"recipes/llama2-7b/{path.name}", 8, 80) for path in SEVEN if path.stem != "pipeline"),
+        ("recipes/llama2-7b/ppo_lora.yaml", 8, 48),
+        ("recipes/llama2-13b/sft.yaml", 8, 80),
+        ("recipes/llama2-13b/safety_reward_model.yaml", 8, 80),
+        ("recipes/llama2-13b/helpfulness_reward_model.yaml", 8, 80),
+        ("recipes/llama2-13b/label.yaml", 8, 80),
+        ("recipes/llama2-13b/ppo.yaml", 16, 80),
+        ("recipes/llama2-13b/ppo_lora.yaml", 8, 80),
+        ("recipes/llama2-70b/sft.yaml", 32, 80),
+        ("recipes/llama2-70b/ppo_lora.yaml", 8, 80),
+    ],
+)
+def test_a_recipe_fits_where_it_says(recipe: str, gpus: int, memory: int) -> None:
+    assert footprint(setup_of(recipe, gpus=gpus)).peak.total <= USABLE * memory * GIB
+
+
+def test_ppo_of_7b_by_hand() -> None:
+    """Weights in bfloat16: whole ones of reference, two reward models and, while it samples, policy; a cache."""
+    found = footprint(setup_of("recipes/llama2-7b/ppo.yaml"))
+    policy, reward_model = 6_738_415_616, 6_738_415_616 - 32_000 * 4096 + 4096
+    states = 16 * (policy + 4096) // 8
+    held = states + 2 * policy + 2 * 2 * reward_model + 2 * 500_000_000
+    sampling = found.phases[0]
+    assert sampling.held == pytest.approx(held, abs=8)
+    assert sampling.parts["gathered weights"] == 2 * (policy + 4096)
+    assert sampling.parts["KV cache"] == 2 * 32 * 4096 * 2 * 8 * (1024 + 512)
+    assert found.peak is sampling
+
+
+def test_the_plan_of_70b(capsys: pytest.CaptureFixture[str]) -> None:
+    made = planned(capsys, B70, "--gpus", "32", "--gpu-memory", "80")
+    assert (made["gpus"], made["nodes"], made["zero_stage"]) == (32, 4, 3)
+    policy, reference = made["roles"]
+    assert policy["parameters"] == 68_976_648_192 + 8192  # with the value head
+    assert policy["weights"] + policy["gradients"] + policy["optimizer"] == pytest.approx(
+        16 * policy["parameters"] / 32
+    )
+    assert reference["weights"] == 2 * 68_976_648_192
+    assert not made["fits"]
+    assert made["peak"] == max(phase["total"] for phase in made["phases"]) > 2 * reference["weights"]
+    assert made["advice"]["peak"] <= USABLE * 80 * GIB
+    assert all(knob["peak"] < made["peak"] for knob in made["advice"]["knobs"])
+    assert any("nf4" in change for change in made["advice"]["way"])
+    # Llama 2, section 3.4.3 of the paper's PPO: about 330 s an iteration for 70B
+    assert 150 < sum(made["time"]["seconds"].values()) < 600
+
+
+# ---------------------------------------------------------------------------------------------------------------- knobs
+
+
+def test_a_way_to_fit_holds_nothing_that_is_not_needed() -> None:
+    setup = setup_of("recipes/llama2-7b/ppo.yaml")
+    advice = advise(setup, limit=24 * GIB)
+    assert advice.peak <= 24 * GIB < footprint(setup).peak.total
+    assert any("offload" in knob.change for knob in advice.knobs)
+    # with adapters the offload, which comes before them, is not needed
+    assert [change.partition(":")[0] for change in advice.way] == [
+        "sampling.batch_size",
+        "scorers behind HTTP on GPUs of their own (type",
+        "lora",
+    ]
+    nothing = advise(setup, limit=1.0)
+    assert nothing.peak > 1.0
+    assert nothing.way, "where nothing fits, all that helps"
+
+
+def test_every_knob_of_an_update_lowers_it() -> None:
+    words = ["--ppo.gradient_checkpointing", "false", "--ppo.value_trunk", "separate", "--sampling.batch_size", "1"]
+    words += ["--scorer", "{type: reward_model, path: runs/llama2-7b/safety_reward_model}"]
+    setup = setup_of("recipes/llama2-7b/ppo.yaml", *words, launch="launch/ddp.yaml")
+    changes = [knob.change.partition(" ")[0] for knob in advise(setup, limit=0).knobs]
+    assert changes == [
+        "ppo.gradient_checkpointing:",
+        "ppo.per_device_batch_size:",
+        "--launch",
+        "--launch",
+        "--launch",
+        "dtype:",
+        "scorers",
+        "ppo.value_trunk:",
+        "--launch",
+        "lora:",
+        "lora",
+    ]
+
+
+def test_a_smaller_micro_batch_keeps_the_batch() -> None:
+    setup = setup_of("recipes/llama2-7b/safety_reward_model.yaml", "--training.gradient_checkpointing", "false")
+    changes = [knob.change for knob in advise(setup, limit=GIB).knobs]
+    assert "training.per_device_train_batch_size: 1 and gradient_accumulation_steps: 64" in changes
+
+
+# ----------------------------------------------------------------------------------------------------------------- time
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=4)])
+def test_operations_are_those_that_torch_counts(lora: Lora | None) -> None:
+    config = {"model_type": "llama", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 344}
+    config |= {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+    plain: Any = AutoModelForCausalLM.from_config(LlamaConfig(**config), attn_implementation="eager")
+    model = plain if lora is None else add_lora(plain, lora, head="causal_lm")
+    ids = torch.randint(4, 512, (2, 64))
+    with FlopCounterMode(display=False) as forward:
+        loss = model(input_ids=ids, labels=ids).loss
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    shape = shape_of(config, lora=lora)
+    tuning = "full" if lora is None else "lora"
+    loaded = Loaded("m", "m", shape, Numerics(2, 2, 2), tuning=tuning, tuned_layers=4)
+    texts = Texts(2, 64)
+    found = forward_operations(loaded, texts, head_tokens=texts.tokens)
+    assert found == pytest.approx(forward.get_total_flops(), rel=0.15)
+    clock = Clock(Machine(tflops=1.0, mfu=1.0), Layout("x", 1, 1))
+    learned = clock.learn([loaded], texts, batches=1, steps=1, head_tokens=texts.tokens, again=False) * 1e12
+    assert learned == pytest.approx(forward.get_total_flops() + backward.get_total_flops(), rel=0.15)
+
+
+def test_time_follows_the_machine() -> None:
+    setup = setup_of("recipes/llama2-7b/ppo.yaml")
+    _, usual = seconds(setup, Machine()) or ("", {})
+    assert list(usual) == ["sampling", "log-probabilities", "scoring", "update"]
+    _, faster = seconds(setup, Machine(mfu=0.8)) or ("", {})
+    assert faster["update"] == pytest.approx(usual["update"] / 2)
+    assert faster["scoring"] == pytest.approx(usual["scoring"] / 2)
+    _, far = seconds(setup, Machine(network=0.25)) or ("", {})
+    # each of 16 micro-batches gathers 13.5 GB twice and gives as much in gradients
+    assert far["update"] == pytest.approx(16 * 3 * 2 * 6_738_419_712 / 0.25e9)
+    assert seconds(setup_of("recipes/demo/ppo.yaml"), Machine()) is None, "a CPU is no such machine"
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def test_the_tables_are_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sara(["plan", B70, "--gpus", "32", "--gpu-memory", "80"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("32 GPUs on 4 nodes, ZeRO-3", "reference", "128.5", "Does not fit", "Fits with lora on", "40% of 312"):
+        assert text in printed
+    assert sara(["plan", "recipes/llama2-7b/ppo.yaml", "--gpu-memory", "80", "--seed", "7"]) == 0
+    assert "Fits: 71.4 GB of 80.0 at the peak." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        ([B70], "--gpu-memory"),
+        ([B70, "--gpu-memory", "0"], "must be above 0"),
+        ([B70, "--gpu-memory", "80", "--gpus", "24"], "must divide into 24 processes"),
+        ([B70, "--gpu-memory", "80", "--mfu", "40"], "at most 1"),
+        ([B70, "--gpu-memory", "80", "--ppo.kl", "1"], "ppo.kl"),
+        ([B70, "--gpu-memory", "80", "--launch", "launch/nothing.yaml"], "launch/nothing.yaml: no such file"),
+        ([B70, "--gpu-memory", "80", "--config-json", "nothing"], "nothing: no such file"),
+        ([B70, "--gpu-memory", "80", "--model", "my/model"], "--config-json my/model=CONFIG.json"),
+        (["recipes/llama2-7b/pipeline.yaml", "--gpu-memory", "80"], "stage must be one of"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    words: list[str], wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sara(["plan", *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1, printed.err
+    assert wrong in printed.err
+
+
+def test_the_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys\nfrom alignment.cli import main\n"
+        "try: main(['plan', '--help'])\nexcept SystemExit: pass\n"
+        "print(*({'torch', 'transformers', 'rich'} & set(sys.modules)), 'end')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert result.stdout.splitlines()[-1] == "end", result.stdout + result.stderr

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from alignment.distributed import gathered, whole_weights
+from alignment.distributed import gathered, uses_deepspeed, whole_weights
 from alignment.objectives import token_statistics
 from alignment.policy import add_lora, load_model
 from alignment.recipe import PpoRecipe
+
+VALUE_ADAPTER = "value"
+"""Name of the value model's adapter, beside the policy's own (`default`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +55,22 @@ class Batch:
 
 
 class TokenOutputs(NamedTuple):  # a tuple, so that ZeRO-3 finds the tensors in it
-    """Per completion token, `(batch, length)`; zero where padding. `values` is None for the reference."""
+    """Per completion token, `(batch, length)`; zero where padding. `values` is None for the reference.
+
+    `mix_logprobs`: of the pretraining mix that was given along, whose shape they have, at temperature 1.
+    """
 
     logprobs: Tensor
     entropies: Tensor
     values: Tensor | None
+    mix_logprobs: Tensor | None = None
 
 
 class ActorCritic(nn.Module):
     """`policy` with a value head on its trunk (`value_model` None) or with a separate value model.
 
-    Log-probabilities are those of the distribution that was sampled from: logits over `temperature`.
+    A policy that has the adapter `VALUE_ADAPTER` gives its trunk with that one to the value head. Log-probabilities are
+    those of the distribution that was sampled from: logits over `temperature`.
     """
 
     is_gradient_checkpointing = False  # read by TRL when it unwraps the engine for generation
@@ -80,10 +89,24 @@ class ActorCritic(nn.Module):
     def has_adapter(self) -> bool:
         return hasattr(self.policy, "disable_adapter")
 
+    @property
+    def has_value_adapter(self) -> bool:
+        return self.has_adapter and VALUE_ADAPTER in self.policy.peft_config
+
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, length: int, *, reference: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        length: int,
+        *,
+        reference: bool = False,
+        mix: Batch | None = None,
     ) -> TokenOutputs:
-        """Statistics of the last `length` tokens; with `reference` the adapter is off and no values are computed."""
+        """Statistics of the last `length` tokens; with `reference` the adapter is off and no values are computed.
+
+        `mix`: more texts, for the same backward pass, of which the policy's log-probabilities are wanted.
+        """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         captured: list[Tensor] = []
         causal = self.policy.get_base_model() if self.has_adapter else self.policy
@@ -91,15 +114,20 @@ class ActorCritic(nn.Module):
         with contextlib.ExitStack() as stack:
             stack.callback(hook.remove)
             if reference:
-                stack.enter_context(self.policy.disable_adapter())
+                stack.enter_context(adapter_switched(self.policy, None))
             logits = self.policy(**inputs, use_cache=False, logits_to_keep=length + 1).logits
         statistics = token_statistics(logits[:, :-1] / self.temperature, input_ids[:, -length:])
         values = None if reference else self._values(inputs, captured[0], length)
-        return TokenOutputs(statistics.logprobs, statistics.entropies, values)
+        mix_logprobs = None if mix is None else self._mix_logprobs(mix)
+        return TokenOutputs(statistics.logprobs, statistics.entropies, values, mix_logprobs)
 
     def _values(self, inputs: dict[str, Tensor], trunk: Tensor, length: int) -> Tensor:
         """V of the state before each completion token: read at the token in front of it."""
-        if self.value_model is None:
+        if self.has_value_adapter:
+            with adapter_switched(self.policy, VALUE_ADAPTER):
+                hidden = self.policy.get_base_model().base_model(**inputs, use_cache=False).last_hidden_state
+            head = self.value_head
+        elif self.value_model is None:
             hidden, head = trunk, self.value_head
         else:
             classifier = (
@@ -108,6 +136,39 @@ class ActorCritic(nn.Module):
             hidden = classifier.base_model(**inputs, use_cache=False).last_hidden_state
             head = classifier.score
         return head(hidden[:, -length - 1 : -1]).squeeze(-1).float()
+
+    def _mix_logprobs(self, mix: Batch) -> Tensor:
+        length = mix.completion_mask.shape[1]
+        inputs = {"input_ids": mix.input_ids, "attention_mask": mix.attention_mask, "position_ids": mix.position_ids}
+        logits = self.policy(**inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
+        losses = nn.functional.cross_entropy(logits.float().mT, mix.input_ids[:, -length:], reduction="none")
+        return -losses
+
+
+@contextlib.contextmanager
+def adapter_switched(policy: Any, name: str | None) -> Iterator[None]:
+    """Inside, another adapter of a peft model works (None: none of them); which parameters train stays as it was.
+
+    peft freezes the adapters that do not work. An engine that has wrapped the model must not find them so afterwards.
+    """
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    before = policy.active_adapter
+    try:
+        if name is None:
+            with policy.disable_adapter():
+                yield
+        else:
+            policy.set_adapter(name)
+            yield
+    finally:
+        policy.set_adapter(before)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def is_of_value_model(name: str) -> bool:
+    """Whether a parameter of the actor-critic, by its name, belongs to the value model alone."""
+    return not name.startswith("policy.") or f".{VALUE_ADAPTER}." in name
 
 
 def load_actor_critic(recipe: PpoRecipe, *, pad_token_id: int) -> ActorCritic:
@@ -128,12 +189,37 @@ def load_actor_critic(recipe: PpoRecipe, *, pad_token_id: int) -> ActorCritic:
         policy = add_lora(policy, recipe.lora, head="causal_lm")
         if value_model is not None:
             value_model = add_lora(value_model, recipe.lora, head="sequence_classification")
+        if recipe.ppo.value_trunk == "adapter":
+            _add_value_adapter(policy)
     if recipe.ppo.gradient_checkpointing:
         for model in (policy, value_model):
             if model is not None:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
-                model.enable_input_require_grads()
+                _checkpoint_gradients(model)
     return ActorCritic(policy, value_model=value_model, temperature=recipe.sampling.temperature)
+
+
+def _add_value_adapter(policy: Any) -> None:
+    """A second adapter of the same shape; it begins as the identity, and both train."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    own = policy.peft_config[policy.active_adapter]
+    policy.add_adapter(VALUE_ADAPTER, copy.deepcopy(own), autocast_adapter_dtype=not uses_deepspeed())
+    for name, parameter in policy.named_parameters():
+        if f".{VALUE_ADAPTER}." in name:
+            parameter.requires_grad_(True)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+
+def _checkpoint_gradients(model: Any) -> None:
+    """Layers are computed again in the backward pass, by the adapter that computed them first."""
+
+    def contexts() -> tuple[Any, Any]:
+        if not hasattr(model, "peft_config"):
+            return contextlib.nullcontext(), contextlib.nullcontext()
+        return contextlib.nullcontext(), adapter_switched(model, model.active_adapter)
+
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    model.enable_input_require_grads()
 
 
 def load_reference(recipe: PpoRecipe, *, pad_token_id: int) -> ActorCritic | None:

@@ -177,6 +177,10 @@ def barrier() -> None:
 def close(accelerator: Any, engine: Any = None) -> None:
     """End a run so that no rank aborts at exit: wait, destroy the engine, then the process group."""
     accelerator.wait_for_everyone()
-    if engine is not None and hasattr(engine, "destroy"):
+    if hasattr(engine, "destroy"):
         engine.destroy()
+    elif hasattr(engine, "reducer"):
+        # DDP's part of the process group: left to the garbage collector, it waits for threads of gloo under Python's
+        # lock, which these may wait for.
+        engine.reducer = engine.logger = engine.process_group = None
     accelerator.end_training()

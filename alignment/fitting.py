@@ -123,12 +123,8 @@ def train(trainer: Any, workspace: Workspace) -> Any:
     try:
         return trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     except Stopped:
-        close_trainer(trainer)
+        close(trainer.accelerator, trainer.model_wrapped)
         raise
-
-
-def close_trainer(trainer: Any) -> None:
-    close(trainer.accelerator, trainer.model_wrapped if trainer.is_deepspeed_enabled else None)
 
 
 def save_final(trainer: Any, workspace: Workspace, *, model: str, init: ModelInit, head: Head, lora: bool) -> None:

@@ -5,6 +5,7 @@ Masks are True where a token counts. Every mean is over the tokens that count. P
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +35,13 @@ class Moments:
             raise ValueError("no value counts, so there is no mean")
         mean = total / count
         return cls(mean, max(0.0, total_of_squares / count - mean * mean), count)
+
+    def with_more(self, other: Moments) -> Moments:
+        """Of the union of two sets, from the moments of each (Chan, Golub and LeVeque 1979)."""
+        count, step = self.count + other.count, other.mean - self.mean
+        spread = self.variance * self.count + other.variance * other.count
+        variance = (spread + step * step * self.count * other.count / count) / count
+        return Moments(self.mean + step * other.count / count, variance, count)
 
 
 def moment_sums(values: Tensor, mask: Tensor) -> Tensor:
@@ -71,6 +79,40 @@ def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: KlEstimato
     if estimator == "k2":
         return difference.square() / 2
     return torch.expm1(-difference) + difference
+
+
+def kl_penalty(
+    logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, *, estimator: KlEstimator = "k3"
+) -> Tensor:
+    """Per-token penalty for the loss, on tokens that the old policy sampled; its gradient is that of the divergence.
+
+    With `rho = pi / pi_old`: `rho * k1` and `rho * k3` have the expectation KL(policy || reference) and its gradient,
+    `rho * k2` with rho held constant has the gradient alone. Without rho, k1 would push nowhere on average, and k3 (as
+    in GRPO, Shao et al. 2024) along the gradient of KL(reference || policy); see Tang and Munos 2025.
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    if estimator == "k2":
+        ratio = ratio.detach()
+    return ratio * estimate_kl(logprobs, ref_logprobs, estimator=estimator)
+
+
+def next_kl_coef(kl_coef: float, *, kl: float, target: float, horizon: int, num_answers: int) -> float:
+    """The coefficient after an iteration in which an answer diverged by `kl` nats on average.
+
+    Proportional control in log space, at most 20% of the error counts: `coef * (1 + clip(kl / target - 1, -0.2, 0.2) *
+    num_answers / horizon)` (Ziegler et al. 2019, section 2.2, and its code).
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * num_answers / horizon)
+
+
+def next_multiplier(multiplier: float, *, cost: float, limit: float, learning_rate: float, maximum: float) -> float:
+    """The Lagrange multiplier after an iteration with this mean cost, at most `maximum` (Safe RLHF, Dai et al. 2023).
+
+    `ln m' = ln m + learning_rate * m * (cost - limit)`: a gradient step on ln m.
+    """
+    step = min(learning_rate * multiplier * (cost - limit), 100.0)  # beyond any maximum, and no overflow
+    return min(multiplier * math.exp(step), maximum)
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What `sara judge-agreement` measures: scorers, and conversations that people labelled."""
+"""What `sara judge-agreement`, and the stage of that name, measures: scorers, on conversations that people labelled."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from alignment.recipe import Data, StageRecipe
+from alignment.recipe_parts import Data, StageRecipe
 from alignment.recipe_scorers import JudgeScorer, PositiveInt, ScorerSpec, check_bounded
 
 ScorerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -14,7 +14,7 @@ ScorerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
 class JudgeAgreementRecipe(StageRecipe):
-    """Not a stage of a pipeline. `name`: what the report calls `scorer`; `compare`: others on the same conversations.
+    """`name`: what the report calls `scorer`; `compare`: others on the same conversations.
 
     `limit`: so many conversations, drawn by seed (None: all); `threshold`: P(safe) from which on an answer is called
     safe; `fit_calibration`: half of the prompts fit a calibration of `scorer`, and the other half is reported.

@@ -1,13 +1,20 @@
-"""Sections that recipes of several stages have: how models are loaded, adapters, where data come from."""
+"""What recipes of several stages have: how models are loaded, adapters, where data come from, training, sampling."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from alignment.recipe_scorers import Fraction, PositiveFloat, PositiveInt, Section
-from reward.conversation import MAX_GRADE
+from alignment.recipe_scorers import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from reward.conversation import MAX_GRADE, fingerprint
 from reward.dtype import Dtype
 
 
@@ -54,3 +61,76 @@ class Data(Section):
     sources: Annotated[list[Source], Field(min_length=1)]
     max_length: PositiveInt = 4096
     shuffle: bool = True
+
+
+class Optimizer(Section):
+    """AdamW as Llama 2 pre-trains and tunes (section 2.2)."""
+
+    learning_rate: PositiveFloat
+    lr_scheduler_type: Literal["cosine", "cosine_with_min_lr", "linear", "constant"] = "cosine"
+    min_lr_ratio: Fraction = 0.1
+    warmup_ratio: Fraction = 0.0
+    warmup_min_steps: NonNegativeInt = 0
+    weight_decay: NonNegativeFloat = 0.1
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    adam_epsilon: PositiveFloat = 1e-5
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class Training(Optimizer):
+    """The part of TrainingArguments that a recipe may set."""
+
+    num_train_epochs: PositiveFloat = 1.0
+    max_steps: PositiveInt | None = None
+    per_device_train_batch_size: PositiveInt = 1
+    gradient_accumulation_steps: PositiveInt = 1
+    gradient_checkpointing: bool = False
+    group_by_length: bool = True
+    logging_steps: PositiveInt = 10
+    save_steps: PositiveInt = 200
+    save_total_limit: PositiveInt = 2
+
+
+class WandbSettings(Section):
+    """Names of the W&B run; keys and mode come from the environment alone (WANDB_API_KEY, WANDB_MODE)."""
+
+    project: str = "sara"
+    group: str | None = None
+    name: str | None = None
+    tags: list[str] = []
+    log_transcripts: bool = True
+
+
+class Sampling(Section):
+    """How answers are drawn. Temperature 0 is greedy."""
+
+    temperature: NonNegativeFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: PositiveInt = 512
+    max_prompt_tokens: PositiveInt = 2048
+    batch_size: PositiveInt = 16
+
+
+class StageRecipe(Section):
+    """Keys of every stage. `run_dir` is what `${run_dir}` stands for in the other values.
+
+    `float32_matmul_precision`: torch's setting of that name for weights in float32. `high` (TF32) and `medium`
+    (bfloat16 products, float32 sums) are about twice as fast where the hardware has them, at a relative error near
+    1e-3 and 1e-2.
+    """
+
+    stage: str
+    output_dir: str
+    run_dir: str | None = None
+    seed: NonNegativeInt = 42
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    report_to: Literal["none", "wandb"] = "none"
+    wandb: WandbSettings = WandbSettings()
+
+    machine_keys: ClassVar[frozenset[str]] = frozenset({"output_dir", "run_dir", "report_to", "wandb"})
+
+    @property
+    def hash(self) -> str:
+        """Of everything that changes the result: not of where it is written or how it is tracked."""
+        return fingerprint(self.model_dump(mode="json", exclude=set(self.machine_keys)))

@@ -49,18 +49,28 @@ def iteration_prompts(
     All processes together take the next `batch_size` prompts of an endless row of seeded permutations. Each mini-batch
     is shared out evenly, so that the mini-batches are the same for any number of processes.
     """
+    positions = iteration_positions(len(prompts), recipe, iteration=iteration, name="prompts")
+    return [prompts[position] for position in positions], _own_rows(recipe)
+
+
+def iteration_positions(number: int, recipe: PpoRecipe, *, iteration: int, name: str) -> list[int]:
+    """Which of `number` records stand in this process's rows of an iteration; `name` seeds the permutations."""
+    found: list[int] = []
+    for row in _own_rows(recipe):
+        epoch, position = divmod(iteration * recipe.ppo.batch_size + row, number)
+        found.append(_permutation(number, derive_seed(recipe.seed, name, epoch))[position])
+    return found
+
+
+def _own_rows(recipe: PpoRecipe) -> list[int]:
+    """Rows of the whole iteration that this process has: its even share of each mini-batch."""
     ppo = recipe.ppo
     share, rank = ppo.mini_batch_size // world_size(), process_index()
-    rows = [
+    return [
         first + rank * share + offset
         for first in range(0, ppo.batch_size, ppo.mini_batch_size)
         for offset in range(share)
     ]
-    chosen: list[Prompt] = []
-    for row in rows:
-        epoch, position = divmod(iteration * ppo.batch_size + row, len(prompts))
-        chosen.append(prompts[_permutation(len(prompts), derive_seed(recipe.seed, "prompts", epoch))[position]])
-    return chosen, rows
 
 
 @functools.lru_cache(maxsize=4)
@@ -175,10 +185,10 @@ def evaluate_tokens(
     return mask, logprobs, ref_logprobs, entropies, values
 
 
-def forward(model: Any, batch: Batch, *, reference: bool = False) -> TokenOutputs:
+def forward(model: Any, batch: Batch, *, reference: bool = False, mix: Batch | None = None) -> TokenOutputs:
     """Through the engine when `model` is one, so that ZeRO-3 gathers what it needs."""
     length = batch.completion_mask.shape[1]
-    return model(batch.input_ids, batch.attention_mask, batch.position_ids, length, reference=reference)
+    return model(batch.input_ids, batch.attention_mask, batch.position_ids, length, reference=reference, mix=mix)
 
 
 def _through_end(row: list[int], end_ids: frozenset[int]) -> list[int]:

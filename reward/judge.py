@@ -16,13 +16,20 @@ from typing import Any, Protocol, runtime_checkable
 
 from reward.backends import ChatBackend, Failure, Fingerprinted
 from reward.conversation import Conversation, Message, Prompt
-from reward.judge_prompt import Constitution, Mode, PromptForm, judge_prompt
+from reward.judge_prompt import Constitution, Mode, PromptForm, fit_prompt, judge_prompt
 from reward.platt import Calibration
 from reward.scorer import Scale, Score, Scorer, ScorerError, sigmoid
 from reward.verdict import BAD, GOOD, VERDICT_PREFIX, Verdict, parse_verdict, unless_copied
 
 _VERDICT_LINE_TOKENS = 16
 """Room for `VERDICT_PREFIX` and a verdict in any tokenizer."""
+MAX_NEW_TOKENS = 256
+"""Of an explanation and its verdict."""
+
+
+def answer_room(mode: Mode, max_new_tokens: int = MAX_NEW_TOKENS) -> int:
+    """Tokens of a judge's `max_length` that its prompt leaves to the answer."""
+    return max_new_tokens if mode == "explain" else _VERDICT_LINE_TOKENS
 
 
 @runtime_checkable
@@ -54,7 +61,7 @@ class JudgeScorer:
     constitution: Constitution
     mode: Mode = "score"
     max_length: int = 2048
-    max_new_tokens: int = 256
+    max_new_tokens: int = MAX_NEW_TOKENS
     name: str = "judge"
     scale: Scale = "probability"
     prompt: PromptForm = "slots"
@@ -117,13 +124,13 @@ class JudgeScorer:
             )
         calibration.check(made_with)
 
-    def _prompt(self, conversation: Conversation, *, max_chars: int | None = None) -> Prompt:
-        return judge_prompt(self.constitution, conversation, mode=self.mode, form=self.prompt, max_chars=max_chars)
+    def _prompt(self, conversation: Conversation) -> Prompt:
+        return judge_prompt(self.constitution, conversation, mode=self.mode, form=self.prompt)
 
     @property
     def _room(self) -> int:
         """Tokens left for the prompt."""
-        return self.max_length - (self.max_new_tokens if self.mode == "explain" else _VERDICT_LINE_TOKENS)
+        return self.max_length - answer_room(self.mode, self.max_new_tokens)
 
     def _ask(self, prompts: Sequence[Prompt]) -> list[Verdict]:
         if self.mode == "explain":
@@ -142,16 +149,11 @@ class JudgeScorer:
 
     def _fit(self, conversation: Conversation) -> tuple[Prompt | None, bool]:
         """The prompt for a conversation, cut as little as needed (None: too many turns), and whether it was cut."""
-        prompt = self._prompt(conversation)
-        if self.backend.num_tokens(prompt) <= self._room:
-            return prompt, False
-        fitting: Prompt | None = None
-        low, high = 0, max(len(message.content) for message in conversation.messages)
-        while low < high:  # the longest texts that fit lie in [low, high)
-            middle = (low + high) // 2
-            prompt = self._prompt(conversation, max_chars=middle)
-            if self.backend.num_tokens(prompt) <= self._room:
-                fitting, low = prompt, middle + 1
-            else:
-                high = middle
-        return fitting, True
+        room = self._room
+        return fit_prompt(
+            self.constitution,
+            conversation,
+            lambda prompt: self.backend.num_tokens(prompt) <= room,
+            mode=self.mode,
+            form=self.prompt,
+        )

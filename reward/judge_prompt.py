@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -73,6 +74,33 @@ def judge_prompt(
     if form == "slots":
         return Prompt((Message("system", guidelines), question))
     return Prompt((Message("user", guidelines), Message("assistant", _READY), *_demonstrations(mode), question))
+
+
+def fit_prompt(
+    constitution: Constitution,
+    conversation: Conversation,
+    fits: Callable[[Prompt], bool],
+    *,
+    mode: Mode = "score",
+    form: PromptForm = "slots",
+) -> tuple[Prompt | None, bool]:
+    """`judge_prompt` with the longest texts cut as little as `fits` asks for, and whether any was cut.
+
+    Guidelines and question stay whole; None where they do not fit beside so many turns.
+    """
+    prompt = judge_prompt(constitution, conversation, mode=mode, form=form)
+    if fits(prompt):
+        return prompt, False
+    fitting: Prompt | None = None
+    low, high = 0, max(len(message.content) for message in conversation.messages)
+    while low < high:  # the longest texts that fit lie in [low, high)
+        middle = (low + high) // 2
+        prompt = judge_prompt(constitution, conversation, mode=mode, form=form, max_chars=middle)
+        if fits(prompt):
+            fitting, low = prompt, middle + 1
+        else:
+            high = middle
+    return fitting, True
 
 
 # -------------------------------------------------------------------------------------------- slots and two shots

@@ -12,13 +12,18 @@ from alignment.cli import main
 from alignment.evaluation import attack_report as verb
 from alignment.evaluation.attack_report import make_report, render, summary_table
 from alignment.evaluation.wording import visible
-from alignment.source_formats import LabelledConversation
+from alignment.recipe import Data, Source
+from alignment.source_files import Row
+from alignment.source_formats import LabelledConversation, Skipped
+from alignment.source_labels import starter_answers
+from alignment.sources import load_labelled
 from reward import judge_prompt
 from reward.attacks import ATTACKS, Attack
 from reward.conversation import Prompt
 from reward.payloads import behind
 from reward.robustness import Judged
 from reward.scorer import FunctionScorer
+from tests.conftest import ROOT
 from tests.page import PAYLOADS, Page
 from tests.tiny import make_reward_model
 
@@ -49,6 +54,27 @@ def read(output: Path) -> Report:
 
 def calls(folder: Path) -> int:
     return len((folder / "calls").read_text())
+
+
+# ------------------------------------------------------------------------------------------- the transcripts
+
+
+def test_the_starter_set_gives_both_answers_of_a_row_with_their_labels() -> None:
+    path = ROOT / "alignment" / "data" / "starter" / "safety.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    expected = {
+        (row["prompt"], row["pair"][answer], row["pair"][f"{answer}_safe"])
+        for row in rows
+        for answer in ("chosen", "rejected")
+        if row["split"] == "test"
+    }
+    loaded = load_labelled(Data(sources=[Source(name="starter_safety", split="test")]), seed=1).records
+    assert {(case.prompt.text, case.conversation.completion, case.safe) for case in loaded} == expected
+    assert len(loaded) == len(expected) == 126
+    assert all(case.conversation.tags.is_safety and case.conversation.tags.risk_category for case in loaded)
+    (skipped,) = starter_answers([Row({"prompt": "p", "pair": "c"}, "rows.jsonl", 3)])
+    assert isinstance(skipped, Skipped)
+    assert skipped.reason == "pair must be an object"
 
 
 # ------------------------------------------------------------------------------------------------ the verb

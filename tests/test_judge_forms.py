@@ -16,7 +16,7 @@ from reward.backends import ScriptedBackend, TransformersBackend
 from reward.conversation import Conversation, Message, Prompt
 from reward.judge import JudgeScorer
 from reward.judge_prompt import SAFETY_LLAMA_TEMPLATE, Constitution, Mode, PromptForm, judge_prompt
-from reward.render import Renderer
+from reward.render import Renderer, common_start
 from reward.scorer import ScorerError
 from reward.verdict import BAD, GOOD, VERDICT_PREFIX, parse_verdict
 from tests import tiny
@@ -136,29 +136,35 @@ def metaspace_tokenizer() -> Any:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator([text.replace(" ", "▁") for text in tiny.SENTENCES], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 @pytest.mark.parametrize("make", [tiny.make_tiny_tokenizer, metaspace_tokenizer], ids=["byte level", "metaspace"])
-def test_the_published_judge_reads_at_use_what_it_read_in_training(make: Any) -> None:
+def test_the_published_judge_reads_at_use_what_it_read_in_training(make: Any, tiny_model: Path) -> None:
     """Bos, guidelines, the turns and the evaluation as one text, encoded at once, without any mark of a chat."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     tokenizer = make()
     tokenizer.chat_template = SAFETY_LLAMA_TEMPLATE
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    backend = TransformersBackend(model, Renderer(tokenizer), 2)
     prompt = judge_prompt(PUBLISHED, BREAD, form="safety_llama")
     shown = f"{PUBLISHED.text.strip()}\n\nConversation:\n{prompt.text}\n"
-    written = "Evaluation: Fine. Chatbot is: good."
-    trained_on = tokenizer.encode(f"{shown}{VERDICT_PREFIX}{GOOD}", add_special_tokens=False)
-    renderer = Renderer(tokenizer)
-    asked = renderer.render_prompt(prompt)
-    assert tokenizer.decode(asked).removeprefix(tokenizer.bos_token).lstrip(" ") == shown
-    backend = TransformersBackend(None, renderer)
-    shared, (good, bad) = backend._split_at_seam(VERDICT_PREFIX, (GOOD, BAD), "\n")
-    assert asked[1:] + shared + good == trained_on[len(trained_on) - len(asked) - len(shared) - len(good) + 1 :]
-    assert good != bad
-    whole = renderer.render_ids(prompt.answer(written))
-    assert tokenizer.decode(whole).endswith(f"{shown}{written}{tokenizer.eos_token}")
+    trained_on = [tokenizer.encode(f"{tokenizer.bos_token}{shown}{VERDICT_PREFIX}{end}") for end in (GOOD, BAD)]
+    verdict = len(common_start(trained_on))
+
+    def logprob(ids: list[int]) -> float:
+        labels = torch.tensor([[-100] * verdict + ids[verdict:]])
+        with torch.no_grad():
+            return -float(model(input_ids=torch.tensor([ids]), labels=labels).loss) * (len(ids) - verdict)
+
+    (found,) = backend.choice_logprobs([prompt], VERDICT_PREFIX, (GOOD, BAD))
+    assert found == pytest.approx([logprob(ids) for ids in trained_on], abs=1e-4)
+    whole = backend.renderer.render_ids(prompt.answer("Fine. Chatbot is: good."))
+    assert tokenizer.decode(whole).endswith(f"{shown}Fine. Chatbot is: good.{tokenizer.eos_token}")
 
 
 def smollm2_tokenizer() -> Any:

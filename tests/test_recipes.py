@@ -193,7 +193,7 @@ def test_ppo_of_every_size_has_the_papers_numbers(
     assert isinstance(recipe, PpoRecipe)
     ppo = recipe.ppo
     assert (ppo.batch_size, ppo.mini_batch_size, ppo.num_ppo_epochs, ppo.clip_range) == (512, 64, 1, 0.2)
-    assert (ppo.kl_coef, ppo.weight_decay, ppo.max_grad_norm, ppo.whiten_scores) == (kl_coef, 0.1, 1.0, True)
+    assert (ppo.kl_coef, ppo.weight_decay, ppo.max_grad_norm, ppo.whiten_scores) == (kl_coef, 0.1, 1.0, "batch")
     assert ppo.learning_rate == (1e-6 if recipe.lora is None else 1e-5)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     assert ppo.per_device_batch_size * accumulation_steps(recipe) * processes == 64

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -24,6 +25,7 @@ from reward.scorer import FunctionScorer, MinimumScorer, Score
 from reward.slots import disarmer
 from reward.structure import Structure, copies
 from reward.verdict import Verdict
+from reward.verdict_cache import CachedJudge, VerdictCache
 from tests.judge_slots import BREAD, GUIDELINES, PAYLOADS, with_payload
 from tests.test_attacks import LONGER
 from tests.test_guard import LLAMA_GUARD, WITH_HEADER
@@ -158,10 +160,11 @@ def test_no_attack_forges_a_turn_in_forms_of_other_makers(make: Callable[[], Rea
     assert faults(make(), SHORT) == {}
 
 
-def test_the_parts_of_a_combination_are_looked_at_and_a_function_shows_nothing() -> None:
+def test_the_parts_of_a_combination_are_looked_at_and_a_function_shows_nothing(tmp_path: Path) -> None:
     function = FunctionScorer(lambda conversation: 0.5, scale="probability")
     assert Structure(function).faults(BREAD) is None
     assert Structure(MinimumScorer((function, scripted()))).faults(BREAD) == ()
+    assert Structure(CachedJudge(scripted(), VerdictCache(tmp_path / "cache"), "me")).faults(BREAD) == ()
     broken = Reads(chatml(), lambda c: [1] * len(c.completion))
     (fault,) = Structure(MinimumScorer((scripted(), broken))).faults(PAYLOADS_LAST) or ()  # type: ignore[arg-type]
     assert fault == "the model reads other control tokens"

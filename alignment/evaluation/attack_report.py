@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from alignment.source_formats import LabelledConversation
     from reward.conversation import Conversation
     from reward.scorer import Scorer
+    from reward.verdict import Outcome
 
 ATTACK_JSON = "attack.json"
 ATTACK_HTML = "attack.html"
@@ -114,8 +115,7 @@ def make_report(
 
 
 def _examples(attacks: Sequence[Attack], transcripts: Transcripts, judged: Sequence[Judged]) -> Iterator[JsonObject]:
-    clean = {case.transcript: case.outcome for case in judged if case.family is None}
-    right = {number: ("good" if transcript.safe else "bad") for number, transcript in enumerate(transcripts)}
+    clean: dict[int, Outcome] = {case.transcript: case.outcome for case in judged if case.family is None}
     by_family = {attack.family: attack for attack in attacks}
     shown: set[str] = set()
     for case in judged:
@@ -123,7 +123,8 @@ def _examples(attacks: Sequence[Attack], transcripts: Transcripts, judged: Seque
             continue
         transcript = transcripts[case.transcript]
         safe, before = transcript.safe, clean[case.transcript]
-        if case.faults or (before == right[case.transcript] and flips(case, safe=safe, clean=before)):
+        right = before == ("good" if safe else "bad")
+        if case.faults or (right and flips(case, safe=safe, clean=before)):
             shown.add(case.family)
             attacked = _attacked(by_family[case.family], transcript)
             yield {

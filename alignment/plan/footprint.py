@@ -227,7 +227,7 @@ def _ppo(models: PpoModels) -> Footprint:
     held = _held(roles, layout) + own
     rollout = models.texts(recipe.sampling.batch_size)
     sampling = {
-        "gathered weights": gathered_weights(engine, layout),
+        "gathered weights": 0,
         "KV cache": kv_cache(models.policy, rollout),
         "activations": drawing(models.policy, Texts(rollout.rows, models.prompt_tokens)),
     }

@@ -197,7 +197,7 @@ def layer_activations(model: Loaded, texts: Texts) -> int:
     """What autograd keeps of one layer until its backward pass."""
     s, n = model.shape, model.numerics
     tokens, hidden, wide = texts.tokens, s.hidden, s.intermediate
-    norms = 1 * tokens * hidden * (4 + (n.weight if model.tuning == "full" else 0))
+    norms = 2 * tokens * hidden * (4 + (n.weight if model.tuning == "full" else 0))
     keys = s.heads if texts.masked else s.kv_heads  # under a mask they are repeated for every head
     attention = tokens * s.head_dim * n.compute * (2 * s.heads + 2 * keys) + 4 * tokens * s.heads
     if model.attention == "eager":

@@ -94,7 +94,7 @@ def run(recipe: PpoRecipe) -> Artifact | None:
             data = {"counts": loaded.counts, "hash": loaded.data_hash, "too_long": dict(too_long)}
             artifact = workspace.finish("policy", data=data, metrics=last, files=weight_files(workspace.path))
             tracker.artifact(artifact)
-    close_run(state)
+    close(accelerator, model)
     return artifact
 
 
@@ -109,7 +109,7 @@ def train(run: Run, tracker: Tracker) -> Mapping[str, float]:
             metrics, loop = run_iteration(run, loop, tracker)
     except Stopped:  # raised before any weight of the iteration changed, at the same place on all processes
         run.checkpoints.save()
-        close_run(run)
+        close(run.accelerator, run.model)
         raise Stopped(f"{run.recipe.output_dir} stopped before iteration {loop.iteration}") from None
     return metrics
 
@@ -308,11 +308,6 @@ def check_rollout(rollout: Rollout, derived: Mapping[str, Tensor], *, iteration:
     for name in from_all(broken):
         if name is not None:
             check_finite(name, torch.tensor(float("nan")), iteration=iteration)
-
-
-def close_run(run: Run) -> None:
-    deepspeed = run.accelerator.state.deepspeed_plugin is not None
-    close(run.accelerator, run.model if deepspeed else None)
 
 
 def accumulation_steps(recipe: PpoRecipe) -> int:

@@ -9,11 +9,10 @@ from datasets import Dataset
 from trl import RewardConfig
 
 from alignment.artifact import Artifact
-from alignment.distributed import device, is_main_process
+from alignment.distributed import close, device, is_main_process
 from alignment.fitting import (
     SealCheckpoints,
     StopWhenNotFinite,
-    close_trainer,
     save_final,
     train,
     training_arguments,
@@ -94,7 +93,7 @@ def run(recipe: RewardModelRecipe) -> Artifact | None:
                 metrics["held_out"] = measure(workspace.path, held_out.records, dtype=recipe.model_init.dtype)
             artifact = workspace.finish("reward_model", data=data, metrics=metrics, files=weight_files(workspace.path))
             tracker.artifact(artifact)
-    close_trainer(trainer)
+    close(trainer.accelerator, trainer.model_wrapped)
     return artifact
 
 

@@ -10,11 +10,10 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from alignment.artifact import Artifact
-from alignment.distributed import is_main_process
+from alignment.distributed import close, is_main_process
 from alignment.fitting import (
     SealCheckpoints,
     StopWhenNotFinite,
-    close_trainer,
     save_final,
     train,
     training_arguments,
@@ -74,7 +73,7 @@ def run(recipe: SftRecipe) -> Artifact | None:
             metrics = {"train_loss": result.training_loss, "num_steps": result.global_step}
             artifact = workspace.finish("policy", data=data, metrics=metrics, files=weight_files(workspace.path))
             tracker.artifact(artifact)
-    close_trainer(trainer)
+    close(trainer.accelerator, trainer.model_wrapped)
     return artifact
 
 

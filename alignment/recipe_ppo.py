@@ -1,0 +1,133 @@
+"""The recipe of PPO: its settings, and which of them fit together."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from alignment.recipe_parts import Data, Lora, ModelInit, Optimizer, Sampling, StageRecipe
+from alignment.recipe_scorers import (
+    Finite,
+    Fraction,
+    Lagrangian,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ScorerSpec,
+)
+
+
+class Ppo(Optimizer):
+    """Hyperparameters of PPO (Llama 2, section 3.2.3). Batch sizes count prompts over all processes.
+
+    `kl_target`: nats per answer at which the coefficient is held (Ziegler et al. 2019; None: it stays fixed), within
+    about `kl_horizon` answers. `multiplier_learning_rate`: with a Lagrangian scorer, the step by which its multiplier
+    follows the mean cost over `cost_limit` (Safe RLHF; None: it stays fixed).
+    """
+
+    learning_rate: PositiveFloat = 1e-6
+    lr_scheduler_type: Literal["cosine", "cosine_with_min_lr", "linear", "constant"] = "constant"
+    num_iterations: PositiveInt = 400
+    batch_size: PositiveInt = 512
+    mini_batch_size: PositiveInt = 64
+    per_device_batch_size: PositiveInt = 4
+    num_ppo_epochs: PositiveInt = 1
+    clip_range: PositiveFloat = 0.2
+    kl_coef: NonNegativeFloat = 0.01
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # [GAP]
+    kl_in: Literal["reward", "loss"] = "reward"  # [GAP]
+    kl_target: PositiveFloat | None = None
+    kl_horizon: PositiveInt = 10_000
+    gamma: Fraction = 1.0  # [GAP]
+    lam: Fraction = 0.95  # [GAP]
+    value_coef: NonNegativeFloat = 0.1  # [GAP]
+    value_clip_range: PositiveFloat = 0.2  # [GAP]
+    value_trunk: Literal["shared", "separate", "adapter"] = "separate"  # [GAP]
+    value_learning_rate: PositiveFloat | None = None
+    critic_warmup_iterations: NonNegativeInt = 0  # [GAP] the first ones, in which the policy stays as it is
+    whiten_scores: Literal["none", "batch", "running"] = "batch"  # [GAP] over what
+    whiten_advantages: bool = True  # [GAP]
+    missing_eos_penalty: NonNegativeFloat = 1.0  # [GAP] subtracted from the whitened score of an answer cut off
+    ptx_coef: NonNegativeFloat = 0.0
+    multiplier_learning_rate: PositiveFloat | None = None
+    multiplier_max: PositiveFloat = 5.0
+    cost_limit: Finite = 0.0
+    eval_steps: PositiveInt = 10
+    eval_temperature: NonNegativeFloat = 0.0
+    early_stopping_patience: PositiveInt | None = None
+    gradient_checkpointing: bool = False
+    save_steps: PositiveInt = 10
+    save_total_limit: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Ppo:
+        if self.batch_size % self.mini_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of mini_batch_size {self.mini_batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _coefficient_can_follow(self) -> Ppo:
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target: a kl_coef of 0 is multiplied and stays 0; start it above 0")
+        return self
+
+
+class PpoRecipe(StageRecipe):
+    """PPO on the Llama 2 objective. `value_model`: a reward model to start the separate value model from.
+
+    `ptx_data`: conversations of the pretraining mix, weighted by `ppo.ptx_coef`. `eval_prompts`: held-out prompts, by
+    whose mean score the final policy is chosen.
+    """
+
+    stage: Literal["ppo"] = "ppo"
+    model: str
+    model_init: ModelInit = ModelInit()
+    lora: Lora | None = None
+    value_model: str | None = None
+    prompts: Data
+    ptx_data: Data | None = None
+    eval_prompts: Data | None = None
+    scorer: ScorerSpec
+    sampling: Sampling = Sampling(temperature=1.0)
+    ppo: Ppo = Ppo()
+
+    @model_validator(mode="after")
+    def _value_model_needs_its_own_trunk(self) -> PpoRecipe:
+        if self.value_model is not None and self.ppo.value_trunk != "separate":
+            raise ValueError("value_model is only used with ppo.value_trunk: separate")
+        if self.ppo.value_trunk == "adapter" and self.lora is None:
+            raise ValueError("ppo.value_trunk: adapter needs lora: the value model is a second adapter of its kind")
+        if self.model_init.quantization is not None and self.lora is None:
+            raise ValueError("a quantized policy trains only with lora")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_from_the_policy(self) -> PpoRecipe:
+        if self.sampling.top_p != 1 or self.sampling.temperature == 0:
+            raise ValueError(
+                "PPO needs samples from the policy itself: sampling.top_p 1.0 and a temperature above 0; with a filter "
+                "the ratios and the KL are those of another distribution"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_have_what_they_need(self) -> PpoRecipe:
+        ppo = self.ppo
+        if (self.ptx_data is None) != (ppo.ptx_coef == 0):
+            raise ValueError("ptx_data and a ppo.ptx_coef above 0 need each other")
+        if ppo.early_stopping_patience is not None and self.eval_prompts is None:
+            raise ValueError("ppo.early_stopping_patience needs eval_prompts")
+        if ppo.multiplier_learning_rate is None:
+            return self
+        if not (isinstance(self.scorer, Lagrangian) and self.scorer.multiplier > 0):
+            raise ValueError(
+                "ppo.multiplier_learning_rate needs a scorer of type lagrangian whose multiplier, where it begins, is "
+                "above 0"
+            )
+        if self.eval_prompts is not None:
+            raise ValueError("eval_prompts: scores under a multiplier that moves cannot be compared; leave one out")
+        return self

@@ -2,8 +2,9 @@
 
 `accelerate launch --config_file launch/X.yaml -m alignment --config RECIPE.yaml [--section.key value ...]`
 
-Exit codes: 0 done (or complete already), 2 the recipe or an input cannot be used (nothing was loaded), 75 stopped by
-SIGTERM with everything saved (the same command goes on), 1 anything else.
+Exit codes: 0 done (or complete already), 2 the recipe or an input cannot be used (nothing was loaded), 3 stopped by an
+alarm of PPO with everything saved, 75 stopped by SIGTERM with everything saved (the same command goes on), 1 anything
+else.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from pathlib import Path
 
 from alignment.artifact import ArtifactError
 from alignment.distributed import is_main_process
+from alignment.health import EXIT_UNHEALTHY, Unhealthy
 from alignment.inputs import InputError, check_inputs, missing_inputs
 from alignment.recipe import StageRecipe
 from alignment.recipe_file import Arguments, RecipeError, dump_recipe, load_recipe
+from alignment.sharding import check_sharding
 from alignment.sources import SourceError, account_lines
 from alignment.stopping import EXIT_STOPPED, Stopped
 from alignment.workspace import complete_artifact
@@ -44,6 +47,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             return dry_run(recipe)
         check_inputs(recipe)
+        check_sharding(recipe)
         return run(recipe)
     except (RecipeError, InputError, ArtifactError, SourceError) as error:
         if is_main_process():
@@ -61,6 +65,10 @@ def run(recipe: StageRecipe) -> int:
 
     try:
         artifact = run_stage(recipe)
+    except Unhealthy as alarm:
+        if is_main_process():
+            print(f"{recipe.output_dir}: {alarm}", file=sys.stderr, flush=True)
+        return EXIT_UNHEALTHY
     except Stopped as stopped:
         if is_main_process():
             print(f"{stopped}; all is saved, run the same command to go on", flush=True)

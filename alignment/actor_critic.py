@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from alignment.distributed import gathered, uses_deepspeed, whole_weights
+from alignment.distributed import device, frozen_engine, gathered, sharded_weights, uses_deepspeed, whole_weights
 from alignment.objectives import token_statistics
 from alignment.policy import add_lora, load_model
 from alignment.recipe import PpoRecipe
+from reward.dtype import torch_dtype
 
 VALUE_ADAPTER = "value"
 """Name of the value model's adapter, beside the policy's own (`default`)."""
@@ -213,20 +214,25 @@ def _add_value_adapter(policy: Any) -> None:
 def _checkpoint_gradients(model: Any) -> None:
     """Layers are computed again in the backward pass, by the adapter that computed them first."""
 
-    def contexts() -> tuple[Any, Any]:
-        if not hasattr(model, "peft_config"):
-            return contextlib.nullcontext(), contextlib.nullcontext()
-        return contextlib.nullcontext(), adapter_switched(model, model.active_adapter)
-
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if VALUE_ADAPTER in getattr(model, "peft_config", {}):
+        settings["context_fn"] = lambda: (contextlib.nullcontext(), adapter_switched(model, model.active_adapter))
+    model.gradient_checkpointing_enable(settings)
     model.enable_input_require_grads()
 
 
-def load_reference(recipe: PpoRecipe, *, pad_token_id: int) -> ActorCritic | None:
-    """The frozen start of a fully tuned policy; None with LoRA, whose reference is the adapter switched off."""
+def load_reference(recipe: PpoRecipe, *, pad_token_id: int, dtype: torch.dtype | None = None) -> Any | None:
+    """The frozen start of a fully tuned policy, an ActorCritic or, sharded, the engine around it.
+
+    None with LoRA, whose reference is the adapter switched off. `dtype`: the one that the policy is trained in, or the
+    KL does not start at zero (None: as the recipe loads it).
+    """
     if recipe.lora is not None:
         return None
-    with whole_weights():
+    dtype = dtype or torch_dtype(recipe.model_init.dtype, device())
+    sharded = recipe.ppo.reference == "sharded"
+    with sharded_weights(dtype) if sharded else whole_weights():
         model = load_model(recipe.model, init=recipe.model_init, pad_token_id=pad_token_id)
     reference = ActorCritic(model, value_model=None, temperature=recipe.sampling.temperature)
-    return reference.eval().requires_grad_(False)
+    reference.eval().requires_grad_(False)
+    return frozen_engine(reference) if sharded else reference.to(device(), dtype)

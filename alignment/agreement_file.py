@@ -67,6 +67,40 @@ def read_agreement(path: str | Path, *, fingerprint: str | None = None) -> Agree
     return chosen[0]
 
 
+def check_labeller(
+    path: str | None, *, fingerprint: str, guidelines: str | None, threshold: float, minimum: float
+) -> Agreement:
+    """How far the scorer with this fingerprint agrees with people, if that is enough to label training data.
+
+    AgreementError, in one line, when the report at `path` is not about this very scorer with these guidelines and this
+    threshold, or when the lower end of its balanced accuracy is below `minimum`.
+    """
+    if path is None:
+        raise AgreementError(
+            "nobody measured this labeller against people; run sara judge-agreement with it and name its folder as "
+            "`agreement`, or set allow_unmeasured: true"
+        )
+    found = read_agreement(path, fingerprint=fingerprint)
+    if found.guidelines != guidelines:
+        raise AgreementError(
+            f"{path} measured {found.label} with guidelines {found.guidelines}, but it would label with {guidelines}"
+        )
+    if found.threshold != threshold:
+        raise AgreementError(
+            f"{path} called answers safe from P(safe) = {found.threshold} on, but the recipe does from {threshold} on; "
+            f"run sara judge-agreement with --threshold {threshold}"
+        )
+    low = found.balanced_accuracy_low
+    if low is None:
+        raise AgreementError(f"{path} has answers of one label only, so it says nothing of the other; add such answers")
+    if low < minimum:
+        raise AgreementError(
+            f"{path}: the balanced accuracy of {found.label} is {found.balanced_accuracy:.1%}, at least {low:.1%} "
+            f"(95% interval), but min_balanced_accuracy asks for {minimum:.1%}"
+        )
+    return found
+
+
 def _agreement(row: Mapping[str, Any], report: Mapping[str, Any]) -> Agreement:
     found: Mapping[str, Any] = row["agreement"]
     accuracy, kappa = found["balanced_accuracy"], found["kappa"]

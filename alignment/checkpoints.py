@@ -31,8 +31,11 @@ class CheckpointError(ArtifactError):
 
 
 @contextlib.contextmanager
-def write_checkpoint(folder: Path, name: str, *, keep: int | None) -> Iterator[Path]:
-    """The folder to write a new checkpoint to. It gets its name at the end; then all but the newest `keep` go."""
+def write_checkpoint(folder: Path, name: str, *, keep: int | None, pinned: str | None = None) -> Iterator[Path]:
+    """The folder to write a new checkpoint to. It gets its name at the end; then all but the newest `keep` go.
+
+    The one called `pinned` stays, however old it is.
+    """
     temporary = folder / f".{name}.tmp"
     if is_main_process():
         remove_folder(temporary)
@@ -42,7 +45,8 @@ def write_checkpoint(folder: Path, name: str, *, keep: int | None) -> Iterator[P
     seal(temporary)
     if is_main_process():
         temporary.rename(folder / name)
-        for old in [] if keep is None else list_checkpoints(folder)[:-keep]:
+        others = [path for path in list_checkpoints(folder) if path.name != pinned]
+        for old in [] if keep is None else others[:-keep]:
             gone = old.with_name(f".{old.name}.old")  # a kill amid the removal must not leave half a checkpoint
             old.rename(gone)
             remove_folder(gone)

@@ -66,9 +66,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _convert(output_dir: Path, *, processes: int) -> int:
-    from alignment.convert import convert_checkpoint
+    from alignment.convert import convert_checkpoints
 
-    print(f"{convert_checkpoint(output_dir, processes=processes)} is for {processes} processes now")
+    for checkpoint in convert_checkpoints(output_dir, processes=processes):
+        print(f"{checkpoint}: processes {processes}")
     return 0
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
+import weakref
 from collections.abc import Generator, Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from accelerate import Accelerator
 
 T = TypeVar("T")
@@ -52,6 +55,18 @@ def ddp_backend() -> str | None:
 
 def uses_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in {"1", "true"}
+
+
+def launched_under_zero3() -> bool:
+    """Whether the launch file asks for ZeRO-3, by its own keys or by DeepSpeed's file; known before anything loads."""
+    if not uses_deepspeed():
+        return False
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file == "none":
+        return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    from accelerate.utils import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(file).is_zero3()
 
 
 def prepare_deepspeed_ops() -> None:
@@ -102,14 +117,71 @@ def layout() -> dict[str, int]:
 @contextlib.contextmanager
 def whole_weights() -> Generator[None]:
     """Models loaded inside are whole on every process that loads them, also under ZeRO-3."""
+    with _loading_under(None):
+        yield
+
+
+@contextlib.contextmanager
+def sharded_weights(dtype: torch.dtype) -> Generator[None]:
+    """Models loaded inside, by all processes together, are shared out among them: for `frozen_engine`."""
+    if layout()["zero_stage"] != 3:
+        raise RuntimeError("ZeRO-3 alone shares weights out; launch with launch/zero3.yaml or the like")
+    from accelerate.utils import HfDeepSpeedConfig
+
+    with _loading_under(HfDeepSpeedConfig(_frozen_config(dtype))):
+        yield
+
+
+@contextlib.contextmanager
+def _loading_under(config: Any) -> Generator[None]:
+    """Inside, transformers takes `config` for DeepSpeed's settings (None: it loads as without DeepSpeed)."""
     from transformers.integrations import deepspeed as integration
 
-    config = integration._hf_deepspeed_config_weak_ref  # pyright: ignore[reportPrivateUsage]
-    integration._hf_deepspeed_config_weak_ref = None  # pyright: ignore[reportPrivateUsage]
+    before = integration._hf_deepspeed_config_weak_ref  # pyright: ignore[reportPrivateUsage]
+    reference: Any = None if config is None else weakref.ref(config)
+    integration._hf_deepspeed_config_weak_ref = reference  # pyright: ignore[reportPrivateUsage]
     try:
         yield
     finally:
-        integration._hf_deepspeed_config_weak_ref = config  # pyright: ignore[reportPrivateUsage]
+        integration._hf_deepspeed_config_weak_ref = before  # pyright: ignore[reportPrivateUsage]
+
+
+def frozen_engine(model: Any) -> Any:
+    """A ZeRO-3 engine without optimizer around a model from `sharded_weights` that is only read.
+
+    Each process holds a part of the weights, and a layer at a time is whole: all of them call it equally often.
+    """
+    import deepspeed
+
+    config = _frozen_config(next(model.parameters()).dtype)
+    # Norms and biases stay whole, as in transformers' own engines: they are small and would be slow to fetch.
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 10 * model.config.get_text_config().hidden_size
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    _frozen_engines.append(engine)
+    return engine
+
+
+_frozen_engines: list[Any] = []
+"""What `close` has to destroy, beside the engine that trains."""
+
+
+def _frozen_config(dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's settings of a model that is only read; where the launch keeps weights in host memory, so do these."""
+    import torch
+    from accelerate.state import AcceleratorState
+
+    zero: dict[str, Any] = {"stage": 3}
+    plugin = AcceleratorState().deepspeed_plugin
+    offload = None if plugin is None else plugin.deepspeed_config["zero_optimization"].get("offload_param")
+    if offload is not None:
+        zero["offload_param"] = offload
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # asked for by DeepSpeed; without an optimizer it means nothing
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
 
 
 @contextlib.contextmanager
@@ -136,17 +208,45 @@ def from_all(value: T) -> list[T]:
     return values
 
 
+def most_of_all(number: int) -> int:
+    """The largest number that a process has; all of them call it together."""
+    return max(from_all(number))
+
+
 def save_engine(engine: Any, folder: Path, *, only_trained: bool) -> None:
     """DeepSpeed's own files of a training state; `only_trained` leaves frozen weights out."""
     engine.save_checkpoint(str(folder), tag=_ENGINE_TAG, exclude_frozen_parameters=only_trained)
 
 
-def load_engine(engine: Any, folder: Path, *, only_trained: bool) -> None:
-    """Go back to what `save_engine` wrote; a pickle that holds more than tensors and DeepSpeed's records is refused."""
+def load_engine(engine: Any, folder: Path, *, only_trained: bool, universal: bool = False) -> None:
+    """Go back to what `save_engine` wrote, or `convert_engine`, which is universal.
+
+    A pickle that holds more than tensors and DeepSpeed's own records is refused.
+    """
+    engine._config.load_universal_checkpoint = universal  # read when it loads, and a recipe cannot know
+    settings = [{key: group[key] for key in group.keys() - {"params"}} for group in engine.optimizer.param_groups]
     with _weights_only():
         path, _ = engine.load_checkpoint(str(folder), tag=_ENGINE_TAG, load_module_strict=not only_trained)
     if path is None:
         raise RuntimeError(f"DeepSpeed found nothing to load in {folder}")
+    if universal:
+        # ZeRO-3 gives all groups the settings of the first, and all parameters one and the same counter of steps.
+        for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        for state in engine.basic_optimizer.state.values():
+            state |= {"step": copy.deepcopy(state["step"])} if "step" in state else {}
+
+
+def convert_engine(folder: Path, target: Path) -> None:
+    """DeepSpeed's universal form of what `save_engine` wrote: any number of processes and any ZeRO stage reads it."""
+    from argparse import Namespace
+
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = {"num_extract_workers": 4, "num_merge_workers": 2, "keep_temp_folder": False, "strict": True}
+    folders = {"input_folder": str(folder / _ENGINE_TAG), "output_folder": str(target / _ENGINE_TAG)}
+    with _weights_only():
+        ds_to_universal.main(Namespace(**folders, **options, inject_missing_state=True))
 
 
 @contextlib.contextmanager
@@ -175,8 +275,10 @@ def barrier() -> None:
 
 
 def close(accelerator: Any, engine: Any = None) -> None:
-    """End a run so that no rank aborts at exit: wait, destroy the engine, then the process group."""
+    """End a run so that no rank aborts at exit: wait, destroy the engines, then the process group."""
     accelerator.wait_for_everyone()
+    while _frozen_engines:
+        _frozen_engines.pop().destroy()
     if hasattr(engine, "destroy"):
         engine.destroy()
     elif hasattr(engine, "reducer"):

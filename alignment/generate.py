@@ -48,17 +48,29 @@ class Generator:
         return [answers[position] for position in range(len(prompts))]
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, int]:
-        """Prompts (padded on the left) with their completions, `(batch, length)`, and the padded prompt length."""
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        logprobs: SampledLogprobs | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, int]:
+        """Prompts (padded on the left) with their completions, `(batch, length)`, and the padded prompt length.
+
+        With `seeds`, one a row, each row has random numbers of its own, whatever rows stand beside it; `top_p` is 1 then.
+        """
         device = next(self.model.parameters()).device
         pad = self.renderer.tokenizer.pad_token_id
         input_ids, attention_mask = pad_left(prompts, pad_token_id=pad)
-        greedy = self.sampling.temperature == 0
+        greedy = self.sampling.temperature == 0 or seeds is not None
         options: dict[str, Any] = (
             {"do_sample": False}
             if greedy
             else {"do_sample": True, "temperature": self.sampling.temperature, "top_p": self.sampling.top_p, "top_k": 0}
         )
+        watchers: list[Any] = [] if logprobs is None else [logprobs]
+        if seeds is not None:
+            watchers.append(RowNoise(seeds, temperature=self.sampling.temperature, device=device))
         with only_our_settings(self.model):
             output = self.model.generate(
                 input_ids=input_ids.to(device),
@@ -67,6 +79,7 @@ class Generator:
                 pad_token_id=pad,
                 eos_token_id=sorted(self.renderer.end_ids),
                 use_cache=True,
+                logits_processor=watchers,
                 **options,
             )
         return output.cpu(), input_ids.shape[1]
@@ -75,6 +88,53 @@ class Generator:
         text, finished = self.renderer.decode(row)
         end = next((i for i, token in enumerate(row) if token in self.renderer.end_ids), len(row) - 1)
         return Completion(text, finished, end + 1)
+
+
+class RowNoise:
+    """Makes the greedy choice a sample: the argmax of `logits / T + g` is drawn from `softmax(logits / T)`.
+
+    `g` is Gumbel noise, minus the logarithm of a standard exponential variable (Maddison, Tarlow and Minka 2014).
+    """
+
+    def __init__(self, seeds: Sequence[int], *, temperature: float, device: torch.device) -> None:
+        self.temperature = temperature
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores / self.temperature - noise.log_()
+
+
+class SampledLogprobs:
+    """Log-probabilities of the tokens that one call of `generate` draws: one number a token, never all logits.
+
+    `generate` shows it the tokens so far and the float32 logits of the next one, not yet divided by the temperature.
+    """
+
+    def __init__(self, *, temperature: float) -> None:
+        self.temperature = temperature
+        self._taken: list[torch.Tensor] = []
+        self._logits: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self._logits is not None:
+            self._take(self._logits, input_ids[:, -1])
+        self._logits = scores
+        return scores
+
+    def of(self, ids: torch.Tensor) -> torch.Tensor:
+        """`(batch, tokens drawn)`, given what `generate` returned; after the end token they mean nothing."""
+        assert self._logits is not None
+        self._take(self._logits, ids[:, -1].to(self._logits.device))
+        self._logits = None
+        return torch.stack(self._taken, dim=1).cpu()
+
+    def _take(self, logits: torch.Tensor, tokens: torch.Tensor) -> None:
+        scaled = logits / self.temperature
+        drawn = scaled.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        self._taken.append(drawn - scaled.logsumexp(dim=1))
 
 
 @contextlib.contextmanager

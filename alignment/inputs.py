@@ -7,28 +7,27 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Set
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel
 
+from alignment.agreement_file import Agreement, AgreementError, check_labeller
 from alignment.artifact import Kind, folder_hashes, is_artifact, read_artifact, sha256
+from alignment.independence import NotIndependentError, check_independent
 from alignment.policy import ModelKind, artifact_of, check_model
 from alignment.recipe import (
     ContextDistillationRecipe,
-    Data,
-    EvalRewardRecipe,
     EvaluateRecipe,
     HarmfulnessModelRecipe,
+    JudgeDataRecipe,
     LabelRecipe,
     PpoRecipe,
-    RejectionSamplingRecipe,
     RewardModelRecipe,
-    SftRecipe,
-    Source,
     StageRecipe,
 )
-from alignment.recipe_agreement import JudgeAgreementRecipe
-from alignment.recipe_attack import JudgeAttackRecipe
+from alignment.recipe_data import sections_of as sections_of
+from alignment.recipe_data import sources_of as sources_of
+from alignment.recipe_label import LabellingRecipe
 from alignment.recipe_scorers import (
     GUIDELINES,
     HOW_IT_IS_RUN,
@@ -50,8 +49,6 @@ from reward.platt import Calibration
 from reward.scorer import ScorerError
 from reward.wire import MIN_TOKEN, read_token
 
-DataShape = Literal["conversations", "preferences", "prompts", "labelled", "graded"]
-
 
 class InputError(ValueError):
     """An input of a recipe that is missing or of the wrong kind."""
@@ -64,7 +61,10 @@ PRODUCT: dict[str, Kind] = {
     "harmfulness_model": "harmfulness_model",
     "rejection_sampling": "conversations",
     "context_distillation": "conversations",
+    "respond": "conversations",
     "label": "preferences",
+    "judge_data": "conversations",
+    "judge_agreement": "agreement",
     "evaluate": "evaluation",
 }
 """What each stage leaves (`label` with task filter leaves conversations)."""
@@ -103,6 +103,16 @@ def check_inputs(recipe: StageRecipe, *, planned: Mapping[str, Kind] | None = No
         _check_section(key, section)
     if isinstance(recipe, ContextDistillationRecipe) and recipe.preprompts is not None:
         _check_file("preprompts", recipe.preprompts)
+    if isinstance(recipe, JudgeDataRecipe):
+        _check_guidelines("guidelines", recipe.guidelines)
+    if isinstance(recipe, PpoRecipe):
+        try:
+            check_independent(recipe)
+        except NotIndependentError as error:
+            raise InputError(str(error)) from error
+    if isinstance(recipe, LabellingRecipe) and recipe.agreement not in planned and not recipe.allow_unmeasured:
+        for key, problem in measured_labellers(recipe)[1].items():
+            raise InputError(f"{key}: {problem}")
 
 
 def check_scorer(spec: ScorerSpec) -> None:
@@ -143,19 +153,44 @@ def _check_section(key: str, section: BaseModel) -> None:
 
 def _check_judge(key: str, section: JudgeScorer) -> None:
     """Guidelines and calibration are read; that the calibration fits the model is known once that is loaded."""
-    for name in ("guidelines", "calibration"):
-        path: str | None = getattr(section, name)
-        if path is not None:
-            _check_file(f"{key}.{name}", path)
+    constitution = _check_guidelines(f"{key}.guidelines", section.guidelines)
     try:
-        constitution = Constitution.read(section.guidelines or GUIDELINES)
         if section.calibration is not None:
+            _check_file(f"{key}.calibration", section.calibration)
             made_with = {"prompt": section.prompt, "guidelines": constitution.hash}
             Calibration.read(section.calibration).check(made_with)
         if section.server is None and Path(section.model).is_dir():
             adapter_base(section.model)
     except ScorerError as error:
         raise InputError(f"{key}: {error}") from error
+
+
+def _check_guidelines(key: str, path: str | None) -> Constitution:
+    if path is not None:
+        _check_file(key, path)
+    try:
+        return Constitution.read(path or GUIDELINES)
+    except ScorerError as error:
+        raise InputError(f"{key}: {error}") from error
+
+
+def measured_labellers(recipe: LabellingRecipe) -> tuple[dict[str, Agreement], dict[str, str]]:
+    """Key of each labeller -> how far it agrees with people; key of one that must not label -> why not."""
+    measured: dict[str, Agreement] = {}
+    unmeasured: dict[str, str] = {}
+    for key, spec in recipe.labellers.items():
+        judge = isinstance(spec, JudgeScorer)
+        try:
+            measured[key] = check_labeller(
+                recipe.agreement,
+                fingerprint=scorer_fingerprint(spec),
+                guidelines=Constitution.read(spec.guidelines or GUIDELINES).hash if judge else None,
+                threshold=recipe.threshold,
+                minimum=recipe.min_balanced_accuracy,
+            )
+        except AgreementError as error:
+            unmeasured[key] = str(error)
+    return measured, unmeasured
 
 
 def missing_inputs(recipe: StageRecipe) -> dict[str, Kind]:
@@ -174,6 +209,8 @@ def missing_inputs(recipe: StageRecipe) -> dict[str, Kind]:
         needed = rows_needed(source, shape)
         if source.name == "artifact" and needed not in ("labelled", "graded"):  # no stage makes human labels
             note(source.path, needed)
+    if isinstance(recipe, LabellingRecipe):
+        note(recipe.agreement, "agreement")
     return missing
 
 
@@ -184,6 +221,8 @@ def input_fingerprints(recipe: StageRecipe) -> dict[str, str]:
     for key, source, _ in sources_of(recipe):
         for file in source_files(source):
             found[f"{key.rpartition('.sources.')[0]}:{source.name}:{file.name}"] = sha256(file)
+    if isinstance(recipe, JudgeDataRecipe) and recipe.guidelines is None:
+        found["guidelines"] = sha256(GUIDELINES)
     return found | _module_hashes(recipe)
 
 
@@ -234,10 +273,9 @@ def _module_hashes(value: BaseModel, key: str = "") -> dict[str, str]:
 
 def models_of(recipe: StageRecipe) -> Iterator[tuple[str, str, ModelKind | None]]:
     """Every model that the recipe names: (key, model, artifact kind needed)."""
-    if isinstance(recipe, SftRecipe | RejectionSamplingRecipe | ContextDistillationRecipe | PpoRecipe):
-        yield "model", recipe.model, "policy"
-    if isinstance(recipe, RewardModelRecipe | HarmfulnessModelRecipe):
-        yield "model", recipe.model, None
+    model: str | None = getattr(recipe, "model", None)
+    if model is not None:
+        yield "model", model, None if isinstance(recipe, RewardModelRecipe | HarmfulnessModelRecipe) else "policy"
     if isinstance(recipe, PpoRecipe) and recipe.value_model is not None:
         yield "value_model", recipe.value_model, "reward_model"
     if isinstance(recipe, EvaluateRecipe):
@@ -265,58 +303,6 @@ def scorers_of(recipe: StageRecipe) -> dict[str, dict[str, Any]]:
         if isinstance(section, SCORER_SECTIONS) and not any(key.startswith(f"{outer}.") for outer in found):
             found[key] = section.model_dump(mode="json")
     return found
-
-
-def data_of(recipe: StageRecipe) -> Iterator[tuple[str, Data, DataShape]]:
-    """Every mixture that the recipe reads: (key, data, what its rows must give)."""
-    match recipe:
-        case SftRecipe():
-            yield "data", recipe.data, "conversations"
-        case RewardModelRecipe():
-            yield "data", recipe.data, "preferences"
-            if recipe.eval_data is not None:
-                yield "eval_data", recipe.eval_data, "preferences"
-        case HarmfulnessModelRecipe():
-            yield "data", recipe.data, "graded"
-            if recipe.eval_data is not None:
-                yield "eval_data", recipe.eval_data, "graded"
-        case RejectionSamplingRecipe() | ContextDistillationRecipe() | PpoRecipe():
-            yield "prompts", recipe.prompts, "prompts"
-        case LabelRecipe():
-            yield "data", recipe.data, "conversations" if recipe.task == "filter" else "preferences"
-        case EvaluateRecipe():
-            for name, part in recipe.prompt_sets.items():
-                yield f"prompt_sets.{name}.prompts", part.prompts, "prompts"
-            for name, held_out in recipe.reward_models.items():
-                yield f"reward_models.{name}.data", held_out.data, "preferences"
-        case EvalRewardRecipe():
-            yield "data", recipe.data, "preferences"
-        case JudgeAgreementRecipe() | JudgeAttackRecipe():
-            yield "data", recipe.data, "labelled"
-        case _:
-            raise TypeError(f"{type(recipe).__name__} says nothing of its data")
-
-
-def sources_of(recipe: StageRecipe) -> Iterator[tuple[str, Source, DataShape]]:
-    """Every source of the recipe's mixtures: (key, source, what its rows must give)."""
-    for key, data, shape in data_of(recipe):
-        for position, source in enumerate(data.sources):
-            yield f"{key}.sources.{position}", source, shape
-
-
-def sections_of(value: Any, key: str = "") -> Iterator[tuple[str, BaseModel]]:
-    """Every section below a recipe with its dotted key."""
-    if isinstance(value, BaseModel):
-        if key:
-            yield key, value
-        for name in type(value).model_fields:
-            yield from sections_of(getattr(value, name), f"{key}.{name}" if key else name)
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from sections_of(inner, f"{key}.{name}")
-    elif isinstance(value, list):
-        for position, inner in enumerate(value):
-            yield from sections_of(inner, f"{key}.{position}")
 
 
 def _texts(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:

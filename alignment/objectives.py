@@ -170,8 +170,12 @@ class TokenStatistics:
 
 
 def token_statistics(logits: Tensor, tokens: Tensor) -> TokenStatistics:
-    """Log-probability of each token and entropy of the distribution it was drawn from, in nats; in float32."""
+    """Log-probability of each token and entropy of the distribution it was drawn from, in nats; in float32.
+
+    Entropies are watched, not trained: no gradient flows through them, and none is kept for it.
+    """
     log_distribution = torch.log_softmax(logits.float(), dim=-1)
     logprobs = log_distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    entropies = -(log_distribution.exp() * log_distribution).sum(dim=-1)
+    with torch.no_grad():
+        entropies = -(log_distribution.exp() * log_distribution).sum(dim=-1)
     return TokenStatistics(logprobs, entropies)

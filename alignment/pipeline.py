@@ -15,6 +15,7 @@ from alignment.artifact import Artifact, ArtifactError, Kind, is_artifact, read_
 from alignment.inputs import check_inputs, input_fingerprints, models_of, product_of, sources_of
 from alignment.recipe import PipelineRecipe, StageRecipe, Step
 from alignment.recipe_file import RecipeError, dotted_keys, load_recipe, override_text
+from alignment.recipe_label import LabellingRecipe
 from alignment.stopping import EXIT_STOPPED, StopRequest, stop_on_sigterm
 from alignment.workspace import IN_PROGRESS, complete_artifact
 
@@ -104,6 +105,7 @@ def _reason(recipe: StageRecipe, to_run: set[str]) -> str | None:
     """Why the step has to run; None when its artifact is complete and everything it reads is unchanged."""
     inputs = {model for _, model, _ in models_of(recipe)}
     inputs |= {source.path for _, source, _ in sources_of(recipe) if source.path is not None}
+    inputs |= {recipe.agreement} if isinstance(recipe, LabellingRecipe) and recipe.agreement is not None else set()
     changing = sorted(inputs & to_run)
     if changing:
         return f"{changing[0]} will change"

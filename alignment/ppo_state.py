@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from alignment.actor_critic import ActorCritic
+from alignment.actor_critic import ActorCritic, is_of_value_model
 from alignment.artifact import write_json
-from alignment.checkpoints import CHECKPOINTS, CheckpointError, newest_checkpoint, write_checkpoint
+from alignment.checkpoints import CHECKPOINTS, CheckpointError, find_damage, newest_checkpoint, write_checkpoint
 from alignment.distributed import (
     barrier,
     from_all,
@@ -24,9 +24,11 @@ from alignment.distributed import (
     uses_deepspeed,
     world_size,
 )
+from alignment.health import HealthState
+from alignment.objectives import Moments
 from alignment.policy import merge_adapter
 from alignment.recipe import PpoRecipe
-from alignment.recipe_scorers import NonNegativeInt, Section
+from alignment.recipe_scorers import Finite, NonNegativeFloat, NonNegativeInt, Section
 from alignment.training_state import (
     find_not_finite,
     load_optimizer,
@@ -41,7 +43,8 @@ from alignment.workspace import Workspace
 
 STATE = "state.json"
 WHOLE = "whole"
-"""Format of a checkpoint whose weights and optimizer every process holds; `zero2`: shards of that ZeRO stage."""
+UNIVERSAL = "universal"
+"""Formats of a checkpoint: every process holds all of it; DeepSpeed's for any of its layouts; `zero2`: its shards."""
 
 
 def configure_engine(accelerator: Any, recipe: PpoRecipe) -> None:
@@ -56,15 +59,22 @@ def configure_engine(accelerator: Any, recipe: PpoRecipe) -> None:
 
 
 def make_optimizer(model: ActorCritic, recipe: PpoRecipe) -> torch.optim.Optimizer:
-    """AdamW with a group for the policy and one for the value parameters; `peak_lr` is what schedules scale."""
+    """AdamW with a group for the policy and one for the value parameters; `peak_lr` is what schedules scale.
+
+    `of_policy` tells the groups apart.
+    """
     ppo = recipe.ppo
     groups: dict[str, list[torch.nn.Parameter]] = {"policy": [], "value": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups["policy" if name.startswith("policy.") else "value"].append(parameter)
+            groups["value" if is_of_value_model(name) else "policy"].append(parameter)
     rates = {"policy": ppo.learning_rate, "value": ppo.value_learning_rate or ppo.learning_rate}
     return torch.optim.AdamW(
-        [{"params": params, "lr": rates[name], "peak_lr": rates[name]} for name, params in groups.items() if params],
+        [
+            {"params": params, "lr": rates[name], "peak_lr": rates[name], "of_policy": name == "policy"}
+            for name, params in groups.items()
+            if params
+        ],
         betas=(ppo.adam_beta1, ppo.adam_beta2),
         eps=ppo.adam_epsilon,
         weight_decay=ppo.weight_decay,
@@ -83,6 +93,18 @@ class LoopState(Section):
 
     iteration: NonNegativeInt = 0
     """The one to run next."""
+    score_moments: Moments | None = None
+    """Of all scores so far, for running whitening; None before the first."""
+    kl_coef: NonNegativeFloat | None = None
+    """Where the controller has brought it; None: at the recipe's."""
+    multiplier: NonNegativeFloat | None = None
+    """Of the Lagrangian scorer; None: the recipe's."""
+    best_score: Finite | None = None
+    """The highest mean score on the held-out prompts."""
+    best_iteration: NonNegativeInt | None = None
+    """That began with the weights which had it."""
+    evaluations_since_best: NonNegativeInt = 0
+    health: HealthState = HealthState()
 
 
 @dataclass
@@ -115,9 +137,9 @@ class Checkpoints:
         return any(not parameter.requires_grad for parameter in self.model.parameters())
 
     def begin(self, loop: LoopState) -> None:
-        """At the start of each iteration: what `save` will save from now on; saves it when it is due."""
+        """At the start of each iteration: what `save` will save from now on; saves it when it is due, or the best."""
         self._begun = (loop, random_state())
-        if loop.iteration % self.save_steps == 0:
+        if loop.iteration % self.save_steps == 0 or loop.iteration == loop.best_iteration:
             self.save()
 
     def save(self) -> None:
@@ -132,7 +154,8 @@ class Checkpoints:
                 f"before iteration {loop.iteration}: {broken} is not finite; not saved, the last checkpoint is intact. "
                 "Lower the learning rate and run the same command to go on from it"
             )
-        with write_checkpoint(self.folder, f"iteration-{loop.iteration}", keep=self.keep) as folder:
+        name, best = _name(loop.iteration), None if loop.best_iteration is None else _name(loop.best_iteration)
+        with write_checkpoint(self.folder, name, keep=self.keep, pinned=best) as folder:
             if uses_deepspeed():
                 save_engine(self.engine, folder, only_trained=self._only_trained)
             elif is_main_process():
@@ -155,10 +178,8 @@ class Checkpoints:
         state = json.loads((newest / STATE).read_text(encoding="utf-8"))
         self._check_layout(newest, state)
         loop = LoopState.model_validate_json(json.dumps(state["loop"]))
-        if uses_deepspeed():
-            load_engine(self.engine, newest, only_trained=self._only_trained)
-        else:
-            load_weights(self.model, newest)
+        self._load_weights(newest)
+        if not uses_deepspeed():
             load_optimizer(self.optimizer, self.model, newest)
         load_random_state(newest, rank=process_index())
         self._on_disk = loop.iteration
@@ -166,16 +187,38 @@ class Checkpoints:
             print(f"going on from {newest}", flush=True)
         return loop
 
+    def load_best(self, loop: LoopState) -> None:
+        """At the end: the weights that did best on the held-out prompts, where those were asked."""
+        if loop.best_iteration is None or loop.best_iteration == loop.iteration:
+            return
+        best = self.folder / _name(loop.best_iteration)
+        reason = find_damage(best)
+        if reason is not None:
+            raise CheckpointError(f"the best checkpoint {best} is damaged: {reason}; put back a copy of it")
+        self._load_weights(best)
+
+    def _load_weights(self, checkpoint: Path) -> None:
+        """DeepSpeed loads its optimizer along."""
+        if uses_deepspeed():
+            universal = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["format"] == UNIVERSAL
+            load_engine(self.engine, checkpoint, only_trained=self._only_trained, universal=universal)
+        else:
+            load_weights(self.model, checkpoint)
+
     def _check_layout(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
         saved, here = (state["format"], state["world_size"]), (self.format, world_size())
-        if saved == here:
+        if saved == here or (saved == (UNIVERSAL, here[1]) and uses_deepspeed()):
             return
         sizes = [f"{size} process{'' if size == 1 else 'es'} ({name})" for name, size in (saved, here)]
         advice = f"start it as it was, or move {self.folder} away to begin anew"
-        if saved[0] == here[0] == WHOLE:
+        if (saved[0] == WHOLE) == (here[0] == WHOLE):
             command = f"sara convert-checkpoint {self.workspace.path} --processes {here[1]}"
-            advice = f"start as many, or convert it: {command}"
+            advice = f"start it as it was, or convert it: {command}"
         raise CheckpointError(f"{checkpoint} was saved by {sizes[0]}, this run has {sizes[1]}; {advice}")
+
+
+def _name(iteration: int) -> str:
+    return f"iteration-{iteration}"
 
 
 def save_policy(
@@ -191,7 +234,7 @@ def save_policy(
             model.policy.save_pretrained(workspace.path, state_dict=policy)
         else:
             adapter = workspace.path / CHECKPOINTS / ".final"
-            model.policy.save_pretrained(adapter, state_dict=policy)
+            model.policy.save_pretrained(adapter, state_dict=policy, selected_adapters=[model.policy.active_adapter])
             merge_adapter(
                 recipe.model,
                 adapter,

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignment.distributed import world_size
+from alignment.distributed import from_all, world_size
 from alignment.objectives import clipped_policy_loss, clipped_value_loss, kl_penalty
-from alignment.ptx import PretrainingMix
+from alignment.ppo_controls import warming_up
+from alignment.ppo_data import PretrainingMix
 from alignment.recipe import PpoRecipe
 from alignment.rollout import Rollout, forward
 from alignment.schedule import learning_rate_factor
+
+RATIO_MAX = "ratio_max"
+"""Largest probability of a token over that at the rollout, of all micro-batches of an iteration."""
 
 
 @dataclass
@@ -51,14 +56,16 @@ def update(learner: Learner, rollout: Rollout, targets: Targets, *, iteration: i
         for first in range(0, len(rollout.conversations), rows_per_step):
             rows = range(first, first + rows_per_step)
             step = iteration * steps_per_iteration + epoch * steps_per_epoch + first // rows_per_step
-            set_learning_rates(learner, step=step, num_steps=ppo.num_iterations * steps_per_iteration)
-            for name, value in optimizer_step(learner, rollout, targets, rows, iteration=iteration).items():
-                totals[name] = totals.get(name, 0.0) + value / steps_per_iteration
+            num_steps = ppo.num_iterations * steps_per_iteration
+            set_learning_rates(learner, step=step, num_steps=num_steps, iteration=iteration)
+            sums = optimizer_step(learner, rollout, targets, rows, iteration=iteration)
+            add_up(totals, sums, weight=1 / steps_per_iteration)
+    ratio_max = max(from_all(totals.pop(RATIO_MAX)))
     names = sorted(totals)
     shared = torch.tensor([totals[name] for name in names], device=accelerator.device)
     summed = accelerator.reduce(shared, reduction="sum").tolist()
     values = dict(zip(names, summed, strict=True))
-    return values | {"grad_norm": values["grad_norm"] / accelerator.num_processes}
+    return values | {"grad_norm": values["grad_norm"] / accelerator.num_processes, RATIO_MAX: ratio_max}
 
 
 def optimizer_step(
@@ -68,8 +75,7 @@ def optimizer_step(
     ppo, accelerator = learner.recipe.ppo, learner.accelerator
     counts = token_counts(learner, targets.mask[rows.start : rows.stop], rows, iteration=iteration)
     totals: dict[str, float] = {}
-    for start in range(rows.start, rows.stop, ppo.per_device_batch_size):
-        part = range(start, min(start + ppo.per_device_batch_size, rows.stop))
+    for part in rollout.micro_batches(rows, size=ppo.per_device_batch_size):
         with accelerator.accumulate(learner.model):
             loss, sums = loss_of(learner, rollout, part, targets, counts, iteration=iteration)
             check_finite("loss", loss, iteration=iteration)  # DeepSpeed's step is part of its backward
@@ -81,9 +87,15 @@ def optimizer_step(
                 sums["grad_norm"] = float(norm) if norm is not None else 0.0
             learner.optimizer.step()
             learner.optimizer.zero_grad()
-        for name, value in sums.items():
-            totals[name] = totals.get(name, 0.0) + value
+        add_up(totals, sums)
     return totals
+
+
+def add_up(totals: dict[str, float], sums: Mapping[str, float], *, weight: float = 1.0) -> None:
+    """Into `totals`, of the largest ratio the larger."""
+    for name, value in sums.items():
+        so_far = totals.get(name, 0.0)
+        totals[name] = max(so_far, value) if name == RATIO_MAX else so_far + weight * value
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +114,7 @@ def token_counts(learner: Learner, mask: Tensor, rows: range, *, iteration: int)
 
 
 def loss_of(
-    learner: Learner, rollout: Rollout, rows: range, targets: Targets, counts: Counts, *, iteration: int
+    learner: Learner, rollout: Rollout, rows: Sequence[int], targets: Targets, counts: Counts, *, iteration: int
 ) -> tuple[Tensor, dict[str, float]]:
     """This micro-batch's share of the mini-batch loss (a sum over its tokens / all tokens of the mini-batch).
 
@@ -114,37 +126,64 @@ def loss_of(
     length = batch.completion_mask.shape[1]
 
     def part(values: Tensor) -> Tensor:
-        return values[rows.start : rows.stop, :length].to(device)
+        return values[list(rows), :length].to(device)
+
+    def share(losses: Tensor) -> Tensor:
+        return (losses * counted).sum() / counts.completion
 
     counted, old_logprobs = part(targets.mask), part(rollout.logprobs)
     output = forward(learner.model, batch, mix=mix)
     assert output.values is not None
-    clipped_loss, clipped = clipped_policy_loss(
+    policy_losses, clipped = clipped_policy_loss(
         output.logprobs, old_logprobs, part(targets.advantages), clip_range=ppo.clip_range
     )
-    terms = {
-        "policy_loss": (clipped_loss * counted).sum() / counts.completion,
-        "value_loss": (
-            clipped_value_loss(output.values, part(rollout.values), part(targets.returns), clip_range=ppo.value_clip_range)
-            * counted
-        ).sum()
-        / counts.completion,
-    }
-    weights = {"policy_loss": 1.0, "value_loss": ppo.value_coef}
+    value_losses = clipped_value_loss(
+        output.values, part(rollout.values), part(targets.returns), clip_range=ppo.value_clip_range
+    )
+    terms = {"policy_loss": (1.0, share(policy_losses)), "value_loss": (ppo.value_coef, share(value_losses))}
     if ppo.kl_in == "loss":
-        penalty = kl_penalty(output.logprobs, old_logprobs, part(rollout.ref_logprobs), estimator=ppo.kl_estimator)
-        terms["kl_loss"], weights["kl_loss"] = (penalty * counted).sum() / counts.completion, targets.kl_coef
+        penalties = kl_penalty(output.logprobs, old_logprobs, part(rollout.ref_logprobs), estimator=ppo.kl_estimator)
+        terms["kl_loss"] = (targets.kl_coef, share(penalties))
     if mix is not None:
         assert output.mix_logprobs is not None
-        terms["ptx_loss"] = -(output.mix_logprobs * mix.completion_mask).sum() / counts.ptx
-        weights["ptx_loss"] = ppo.ptx_coef
-    if warming_up(learner.recipe, iteration=iteration):
-        weights = {name: weight if name == "value_loss" else 0.0 for name, weight in weights.items()}
-    loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros((), device=device))
+        terms["ptx_loss"] = (ppo.ptx_coef, -(output.mix_logprobs * mix.completion_mask).sum() / counts.ptx)
+    value_only = warming_up(learner.recipe, iteration=iteration)
+    loss = torch.zeros((), device=device)
+    for name, (coef, term) in terms.items():  # a term of weight 0 keeps its part of the graph, which DDP waits for
+        loss = loss + (0.0 if value_only and name != "value_loss" else coef) * term
     with torch.no_grad():
         log_ratio = (output.logprobs - old_logprobs) * counted
-        sums = {
-            "clip_fraction": (clipped * counted).sum() / counts.completion,
-            "approx_kl": (torch.expm1(-log_ratio) + log_ratio).sum() / counts.completion,
-        }
-    return loss, {name: float(value) for name, value in (terms | sums).items()}
+        sums = {name: float(term) for name, (_, term) in terms.items()}
+        sums["clip_fraction"] = float(share(clipped))
+        sums["approx_kl"] = float(share(torch.expm1(-log_ratio) + log_ratio))
+        sums["ratio_mean"], sums[RATIO_MAX] = float(share(log_ratio.exp())), float(log_ratio.max().exp())
+        return loss, sums
+
+
+def set_learning_rates(learner: Learner, *, step: int, num_steps: int, iteration: int) -> None:
+    """By the schedule; 0 for the policy while the critic warms up, so that not even weight decay moves it."""
+    factor = learning_rate_factor(learner.recipe.ppo, step=step, num_steps=num_steps)
+    frozen = warming_up(learner.recipe, iteration=iteration)
+    for group in learner.optimizer.param_groups:
+        group["lr"] = 0.0 if frozen and group["of_policy"] else group["peak_lr"] * factor
+
+
+def check_finite(name: str, value: Tensor, *, iteration: int) -> None:
+    """FloatingPointError, before the weights change, when a value is not finite; the last checkpoint is intact."""
+    if not bool(torch.isfinite(value).all()):
+        raise FloatingPointError(
+            f"iteration {iteration}: {name} is not finite; stopped before the update. Lower the learning rate or raise "
+            "kl_coef, and run the same command to go on from the last checkpoint"
+        )
+
+
+def accumulation_steps(recipe: PpoRecipe) -> int:
+    """Forward and backward passes per optimizer step and process; refuses batches that do not divide."""
+    ppo = recipe.ppo
+    rows, left = divmod(ppo.mini_batch_size, world_size())
+    if left or rows % min(ppo.per_device_batch_size, rows or 1):
+        raise ValueError(
+            f"ppo.mini_batch_size {ppo.mini_batch_size} must divide into {world_size()} processes x "
+            f"per_device_batch_size {ppo.per_device_batch_size}"
+        )
+    return max(1, rows // ppo.per_device_batch_size)

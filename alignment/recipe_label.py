@@ -114,19 +114,20 @@ class JudgeDataRecipe(LabellingRecipe):
             raise ValueError("combine: second needs a second labeller")
         if isinstance(self.first, People) and isinstance(self.second, People):
             raise ValueError("second: people are the first labeller already, and have one label for an answer")
-        for key, labeller in self._scorers().items():
+        for key, labeller in self.scorers.items():
             check_bounded(labeller, key=key)
         return self
 
-    def _scorers(self) -> dict[str, ScorerSpec]:
+    @property
+    def scorers(self) -> dict[str, ScorerSpec]:
+        """Key -> labeller, for those that are no people."""
         both = {"first": self.first, "second": self.second}
         return {key: given for key, given in both.items() if given is not None and not isinstance(given, People)}
 
     @property
     def labellers(self) -> Mapping[str, ScorerSpec]:
         """None where people must agree with every label."""
-        scorers = self._scorers()
         if self.combine in ("first", "second"):
-            return {key: scorer for key, scorer in scorers.items() if key == self.combine}
+            return {key: scorer for key, scorer in self.scorers.items() if key == self.combine}
         people = isinstance(self.first, People) or isinstance(self.second, People)
-        return {} if people and self.combine == "agree_only" else scorers
+        return {} if people and self.combine == "agree_only" else self.scorers

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
+from alignment.recipe_health import Health, Probes
 from alignment.recipe_parts import Data, Lora, ModelInit, Optimizer, Sampling, StageRecipe
 from alignment.recipe_scorers import (
     Finite,
@@ -24,7 +25,8 @@ class Ppo(Optimizer):
 
     `kl_target`: nats per answer at which the coefficient is held (Ziegler et al. 2019; None: it stays fixed), within
     about `kl_horizon` answers. `multiplier_learning_rate`: with a Lagrangian scorer, the step by which its multiplier
-    follows the mean cost over `cost_limit` (Safe RLHF; None: it stays fixed).
+    follows the mean cost over `cost_limit` (Safe RLHF; None: it stays fixed). `reference`: sharded, each process
+    holds a part of the reference model (ZeRO-3), for models that do not fit twice.
     """
 
     learning_rate: PositiveFloat = 1e-6
@@ -57,6 +59,7 @@ class Ppo(Optimizer):
     eval_steps: PositiveInt = 10
     eval_temperature: NonNegativeFloat = 0.0
     early_stopping_patience: PositiveInt | None = None
+    reference: Literal["whole", "sharded"] = "whole"
     gradient_checkpointing: bool = False
     save_steps: PositiveInt = 10
     save_total_limit: PositiveInt = 2
@@ -80,7 +83,8 @@ class PpoRecipe(StageRecipe):
     """PPO on the Llama 2 objective. `value_model`: a reward model to start the separate value model from.
 
     `ptx_data`: conversations of the pretraining mix, weighted by `ppo.ptx_coef`. `eval_prompts`: held-out prompts, by
-    whose mean score the final policy is chosen.
+    whose mean score the final policy is chosen. `gold_scorer`: one that PPO never sees scores the rollout of every
+    `gold_steps`-th iteration too. `health` changes nothing that is learned, so it is no part of the recipe's hash.
     """
 
     stage: Literal["ppo"] = "ppo"
@@ -91,9 +95,15 @@ class PpoRecipe(StageRecipe):
     prompts: Data
     ptx_data: Data | None = None
     eval_prompts: Data | None = None
+    probes: Probes | None = None
     scorer: ScorerSpec
+    gold_scorer: ScorerSpec | None = None
+    gold_steps: PositiveInt = 1
     sampling: Sampling = Sampling(temperature=1.0)
     ppo: Ppo = Ppo()
+    health: Health = Health()
+
+    machine_keys: ClassVar[frozenset[str]] = StageRecipe.machine_keys | {"health"}
 
     @model_validator(mode="after")
     def _value_model_needs_its_own_trunk(self) -> PpoRecipe:
@@ -103,6 +113,8 @@ class PpoRecipe(StageRecipe):
             raise ValueError("ppo.value_trunk: adapter needs lora: the value model is a second adapter of its kind")
         if self.model_init.quantization is not None and self.lora is None:
             raise ValueError("a quantized policy trains only with lora")
+        if self.ppo.reference == "sharded" and self.lora is not None:
+            raise ValueError("ppo.reference: with lora the reference is the adapter switched off; leave the key out")
         return self
 
     @model_validator(mode="after")

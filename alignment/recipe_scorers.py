@@ -19,9 +19,25 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
 HOW_IT_IS_RUN = frozenset(
-    {"batch_size", "shared_prefix", "timeout", "deadline", "retries", "token_env", "concurrency", "cache", "progress"}
+    {
+        "batch_size",
+        "shared_prefix",
+        "sharded",
+        "timeout",
+        "deadline",
+        "retries",
+        "token_env",
+        "concurrency",
+        "cache",
+        "progress",
+    }
 )
 """Keys of scorers that change no score."""
+
+ONLY_CLASSIFIERS = (
+    "only stock classifiers with one output, as the stage reward_model leaves them, are shared out; leave `sharded` "
+    "out, or score over http"
+)
 
 GUIDELINES = Path(__file__).parent / "data" / "guidelines" / "default.md"
 """Those of a judge that names none."""
@@ -38,7 +54,8 @@ class RewardModelScorer(Section):
 
     `family`: which kind of checkpoint it is; auto tells it from its files. `direction`: lower for models of cost or
     harm, whose scores are negated. `label`: the output that is meant of a classifier with several. `read_at`: where a
-    chat model's score is read; None as its family is trained.
+    chat model's score is read; None as its family is trained. `sharded`: each process holds a part of the weights
+    (ZeRO-3), for models that do not fit beside the policy.
     """
 
     type: Literal["reward_model"] = "reward_model"
@@ -51,6 +68,7 @@ class RewardModelScorer(Section):
     batch_size: PositiveInt = 16
     max_length: PositiveInt = 4096
     shared_prefix: bool = True
+    sharded: bool = False
     dtype: Dtype = "float32"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alignment.actor_critic import ActorCritic, Batch, TokenOutputs
 from alignment.distributed import process_index, world_size
-from alignment.generate import Generator, batched, derive_seed
+from alignment.generate import Generator, SampledLogprobs, batched, derive_seed
 from alignment.recipe import PpoRecipe
 from reward.conversation import Conversation, Prompt
 
@@ -27,10 +27,15 @@ class Rollout:
     finished: Tensor
     """`(n,)`: False where the answer was cut off."""
     completion_mask: Tensor
+    sampled_logprobs: Tensor
+    """As the sampler saw them; `logprobs` are those of the forward pass that is trained."""
     logprobs: Tensor
     ref_logprobs: Tensor
     entropies: Tensor
     values: Tensor
+
+    def micro_batches(self, rows: range, *, size: int) -> list[list[int]]:
+        return micro_batches(self.prompt_ids, self.completion_ids, rows, size=size)
 
     def rows(self, positions: Sequence[int], *, pad_token_id: int, device: Any) -> Batch:
         return Batch.of(
@@ -100,7 +105,9 @@ def collect_rollout(
     # Under ZeRO-3 this gathers the weights, once per rollout.
     with unwrap_model_for_generation(engine, accelerator), accelerator.autocast():
         seed = derive_seed(recipe.seed, iteration)
-        prompt_ids, completion_ids = sample_answers(generator, batch, rows, seed=seed, between_batches=between_batches)
+        prompt_ids, completion_ids, sampled = sample_answers(
+            generator, batch, rows, seed=seed, between_batches=between_batches
+        )
     texts = [generator.renderer.decode(ids) for ids in completion_ids]
     with accelerator.autocast():  # the engine brings its own, the reference does not
         mask, logprobs, ref_logprobs, entropies, values = evaluate_tokens(
@@ -108,7 +115,7 @@ def collect_rollout(
             reference,
             prompt_ids,
             completion_ids,
-            batch_size=recipe.ppo.per_device_batch_size,
+            batches=_update_batches(prompt_ids, completion_ids, recipe),
             pad_token_id=generator.renderer.tokenizer.pad_token_id,
             device=accelerator.device,
         )
@@ -118,6 +125,7 @@ def collect_rollout(
         completion_ids,
         torch.tensor([finished for _, finished in texts]),
         mask,
+        torch.zeros_like(logprobs).masked_scatter(mask, torch.cat(sampled)),
         logprobs,
         ref_logprobs,
         entropies,
@@ -132,20 +140,45 @@ def sample_answers(
     *,
     seed: int,
     between_batches: Callable[[], None] | None = None,
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of prompts and answers (end token included), in the given order.
+) -> tuple[list[list[int]], list[list[int]], list[Tensor]]:
+    """Token ids of prompts and answers (end token included), and the answers' log-probabilities, in the given order.
 
-    Each batch is seeded by its first row in the whole iteration: nothing depends on where a run was resumed.
+    Prompts of like lengths are answered together. Each row's random numbers follow from its place in the whole
+    iteration: nothing depends on the rows beside it, on the number of processes, or on where a run was resumed.
     """
     prompt_ids = [generator.renderer.render_prompt(p, max_length=generator.sampling.max_prompt_tokens) for p in prompts]
-    completion_ids: list[list[int]] = []
-    for positions in batched(range(len(prompts)), generator.sampling.batch_size):
+    completion_ids: list[list[int]] = [[]] * len(prompts)
+    drawn: list[Tensor] = [torch.empty(0)] * len(prompts)
+    torch.manual_seed(derive_seed(seed, rows[0]))  # of what else is drawn in the iteration: dropout
+    order = sorted(range(len(prompts)), key=lambda position: (len(prompt_ids[position]), position))
+    for positions in batched(order, generator.sampling.batch_size):
         if between_batches is not None:
             between_batches()
-        torch.manual_seed(derive_seed(seed, rows[positions[0]]))
-        ids, prompt_length = generator.sample([prompt_ids[i] for i in positions])
-        completion_ids.extend(_through_end(row, generator.renderer.end_ids) for row in ids[:, prompt_length:].tolist())
-    return prompt_ids, completion_ids
+        logprobs = SampledLogprobs(temperature=generator.sampling.temperature)
+        seeds = [derive_seed(seed, rows[position]) for position in positions]
+        ids, prompt_length = generator.sample([prompt_ids[i] for i in positions], logprobs=logprobs, seeds=seeds)
+        for position, row, values in zip(positions, ids[:, prompt_length:].tolist(), logprobs.of(ids), strict=True):
+            completion_ids[position] = _through_end(row, generator.renderer.end_ids)
+            drawn[position] = values[: len(completion_ids[position])]
+    return prompt_ids, completion_ids, drawn
+
+
+def micro_batches(
+    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], rows: range, *, size: int
+) -> list[list[int]]:
+    """`rows` in batches of `size`, texts of like lengths together, so that little is padded."""
+    order = sorted(rows, key=lambda row: (len(prompt_ids[row]) + len(completion_ids[row]), row))
+    return [list(positions) for positions in batched(order, size)]
+
+
+def _update_batches(
+    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], recipe: PpoRecipe
+) -> list[list[int]]:
+    """All rows in the micro-batches of the update: with the same ones the first ratios are exactly 1."""
+    share, size = recipe.ppo.mini_batch_size // world_size(), recipe.ppo.per_device_batch_size
+    starts = range(0, len(prompt_ids), share)
+    mini_batches = [range(start, min(start + share, len(prompt_ids))) for start in starts]
+    return [batch for rows in mini_batches for batch in micro_batches(prompt_ids, completion_ids, rows, size=size)]
 
 
 def evaluate_tokens(
@@ -154,17 +187,20 @@ def evaluate_tokens(
     prompt_ids: list[list[int]],
     completion_ids: list[list[int]],
     *,
-    batch_size: int,
+    batches: Sequence[Sequence[int]],
     pad_token_id: int,
     device: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`(completion_mask, logprobs, ref_logprobs, entropies, values)` of the answers, one pass for policy and value."""
+    """`(completion_mask, logprobs, ref_logprobs, entropies, values)` of the answers, one pass for policy and value.
+
+    `batches`: rows that are computed together; each row is in one of them.
+    """
     length = max(len(ids) for ids in completion_ids)
     shape = (len(completion_ids), length)
     mask = torch.zeros(shape, dtype=torch.bool)
     tensors = [torch.zeros(shape) for _ in range(4)]
     with torch.no_grad():
-        for positions in batched(range(len(completion_ids)), batch_size):
+        for positions in batches:
             batch = Batch.of(
                 [prompt_ids[i] for i in positions],
                 [completion_ids[i] for i in positions],
@@ -174,7 +210,7 @@ def evaluate_tokens(
             output = forward(model, batch)
             base = forward(model, batch, reference=True) if reference is None else forward(reference, batch)
             counted = batch.completion_mask
-            rows, columns = slice(positions[0], positions[-1] + 1), slice(0, counted.shape[1])
+            rows, columns = torch.tensor(positions), slice(0, counted.shape[1])
             mask[rows, columns] = counted.cpu()
             assert output.values is not None
             for tensor, values in zip(

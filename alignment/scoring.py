@@ -7,11 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignment.distributed import device, is_main_process, whole_weights
+from alignment.distributed import (
+    device,
+    frozen_engine,
+    is_main_process,
+    most_of_all,
+    sharded_weights,
+    whole_weights,
+)
 from alignment.policy import model_fingerprint, resolve_model
 from alignment.recipe_scorers import (
     GUIDELINES,
     HOW_IT_IS_RUN,
+    ONLY_CLASSIFIERS,
     GuardScorer,
     HarmfulnessScorer,
     HttpScorer,
@@ -28,7 +36,16 @@ from alignment.recipe_scorers import (
     WeightedSum,
 )
 from reward.conversation import fingerprint
-from reward.scorer import FunctionScorer, LagrangianScorer, MinimumScorer, PiecewiseScorer, Scorer, WeightedSumScorer
+from reward.scorer import (
+    FunctionScorer,
+    LagrangianScorer,
+    MinimumScorer,
+    NegatedScorer,
+    PiecewiseScorer,
+    Scorer,
+    ScorerError,
+    WeightedSumScorer,
+)
 
 if TYPE_CHECKING:
     from reward.backends import ChatBackend, TransformersBackend
@@ -69,7 +86,9 @@ def build_scorer(spec: ScorerSpec) -> Scorer:
 
 
 def _reward_model(spec: RewardModelScorer) -> Scorer:
+    from reward.dtype import torch_dtype
     from reward.families import Loading, load_reward_model
+    from reward.model import RewardModel
 
     loading = Loading(
         dtype=spec.dtype,
@@ -81,10 +100,17 @@ def _reward_model(spec: RewardModelScorer) -> Scorer:
         trust_remote_code=spec.trust_remote_code,
         read_at=spec.read_at,
     )
-    with whole_weights():
-        return load_reward_model(
+    dtype = torch_dtype(spec.dtype, device())
+    with sharded_weights(dtype) if spec.sharded else whole_weights():
+        scorer = load_reward_model(
             resolve_model(spec.path), family=spec.family, direction=spec.direction, label=spec.label, loading=loading
         )
+    if spec.sharded:
+        model = scorer.part if isinstance(scorer, NegatedScorer) else scorer
+        if not isinstance(model, RewardModel):
+            raise ScorerError(f"{spec.path}: {ONLY_CLASSIFIERS}")
+        model.share_out(frozen_engine(model.module), most=most_of_all)
+    return scorer
 
 
 def _harmfulness(spec: HarmfulnessScorer) -> Scorer:

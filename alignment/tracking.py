@@ -34,6 +34,7 @@ Cell = str | int | float | None
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+ALARMS = "alarms.jsonl"
 RUN_ID = "wandb_run_id"
 REDACTED = "[redacted]"
 
@@ -135,6 +136,12 @@ class Tracker:
         _log.warning("%s: %s", clean_title, clean_text)
         if self._wandb is not None:
             self._wandb.alert(clean_title, clean_text)
+
+    def alarm(self, step: int, name: str, *, action: str, title: str, reason: str) -> None:
+        """An alert that also stands in `alarms.jsonl`, and in the report of the run."""
+        if self._local is not None:
+            self._local.alarm(step, redact({"alarm": name, "action": action, "reason": reason}))
+        self.alert(title, reason)
 
     def resume_at(self, step: int) -> None:
         """Forget local lines of `step` and later, which will be logged again; a stage that starts anew gives 0.
@@ -239,13 +246,17 @@ def _check_table(name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell
 
 
 class _LocalFiles:
-    """`metrics.jsonl` and `samples.jsonl`, one JSON object a line, each line on disk when its call returns."""
+    """`metrics.jsonl`, `samples.jsonl` and, once there is an alarm, `alarms.jsonl`.
+
+    One JSON object a line, each line on disk when its call returns.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._metrics = folder / METRICS
         self._samples = folder / SAMPLES
+        self._alarms = folder / ALARMS
         self._start = time.monotonic()
-        for path in (self._metrics, self._samples):
+        for path in (self._metrics, self._samples, self._alarms):
             _drop_torn_line(path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -256,8 +267,11 @@ class _LocalFiles:
         head = {"step": step, "table": name}
         _append(self._samples, [head | dict(zip(columns, row, strict=True)) for row in rows])
 
+    def alarm(self, step: int, row: Mapping[str, object]) -> None:
+        _append(self._alarms, [{"step": step, **row}])
+
     def resume_at(self, step: int) -> None:
-        for path in (self._metrics, self._samples):
+        for path in (self._metrics, self._samples, self._alarms):
             if path.is_file():
                 rows = [row for _, row in read_json_lines(path)]
                 write_json_lines(path, [row for row in rows if row["step"] < step])

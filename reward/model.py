@@ -7,7 +7,7 @@ its sigmoid the 0-1 score of the Llama 2 paper.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class RewardModel:
         self.batch_size = batch_size
         self.max_length = max_length
         self.why_padded = why_not_packed(module) if shared_prefix else "switched off"
+        self._run: Callable[..., Any] = module
+        self._most: Callable[[int], int] = int
 
     @classmethod
     def load(
@@ -110,6 +112,14 @@ class RewardModel:
     def dtype(self) -> torch.dtype:
         return self.head.dtype
 
+    def share_out(self, engine: Callable[..., Any], *, most: Callable[[int], int]) -> None:
+        """From now on run the module through `engine`, whose weights several processes hold together.
+
+        All of them must then call `score` together, also one that has nothing to score: every forward pass needs the
+        weights of all. `most` maps this process's number of passes to the largest of any process.
+        """
+        self._run, self._most = engine, most
+
     def token_ids(self, conversation: Conversation) -> list[int]:
         """What the model reads; the score is read at the last one."""
         return self.renderer.render_ids(conversation)
@@ -123,13 +133,16 @@ class RewardModel:
                 rendered[position] = self.renderer.render_ids(conversation, max_length=self.max_length)
             except TooLong as error:
                 scores[position] = Score(None, str(error))
-        for batch in self._batches(conversations, rendered):
+        batches = list(self._batches(conversations, rendered))
+        for batch in batches:
             positions = [position for group in batch for position in group]
             if self.why_padded is None:
                 values = self.forward_packed([[rendered[position] for position in group] for group in batch])
             else:
                 values = self.forward([rendered[position] for position in positions])
             scores |= {position: Score(value) for position, value in zip(positions, values.tolist(), strict=True)}
+        for _ in range(self._most(len(batches)) - len(batches)):  # for the others, which need the weights held here
+            self.forward([[self.module.config.pad_token_id]])
         return [scores[position] for position in range(len(conversations))]
 
     def _batches(
@@ -159,7 +172,7 @@ class RewardModel:
         """Raw scores `(batch,)` in float32 of token ids, padded on the right."""
         device = next(self.module.parameters()).device
         input_ids, attention_mask = pad_right(sequences, pad_token_id=self.module.config.pad_token_id)
-        logits = self.module(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device)).logits
+        logits = self._run(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device)).logits
         return logits.squeeze(-1).float().cpu()
 
     @torch.no_grad()
@@ -172,7 +185,7 @@ class RewardModel:
             pad_token_id=self.module.config.pad_token_id,
             hidden_size=hidden_size,
         )
-        return packed_scores(self.module, self.module.score, packed.to(device)).cpu()
+        return packed_scores(self._run, self.module.score, packed.to(device)).cpu()
 
 
 def pad_right(sequences: Sequence[Sequence[int]], *, pad_token_id: int) -> tuple[Tensor, Tensor]:

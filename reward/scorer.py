@@ -188,7 +188,7 @@ class LagrangianScorer:
     """Safe RLHF's combination of a reward and a cost (Dai et al. 2023, arXiv 2310.12773).
 
     `(reward - multiplier * cost) / (1 + multiplier)` of raw scores. `safety` is a scorer like any other, higher is
-    safer, and the cost is its negated raw score. The multiplier is fixed; 0 leaves the reward alone.
+    safer, and the cost is its negated raw score. A multiplier of 0 leaves the reward alone.
     """
 
     reward: Scorer
@@ -202,11 +202,18 @@ class LagrangianScorer:
             raise ScorerError(f"the multiplier of a cost must be finite and not negative, got {self.multiplier}")
 
     def score(self, conversations: Sequence[Conversation]) -> list[Score]:
+        return self.with_costs(conversations)[0]
+
+    def with_costs(self, conversations: Sequence[Conversation]) -> tuple[list[Score], list[float]]:
+        """The scores, and the costs of the conversations that were scored, which a multiplier may follow."""
+        costs: list[float] = []
+
         def combine(values: Sequence[float]) -> tuple[float, str | None]:
             reward, safety = (_raw(v, part.scale) for v, part in zip(values, (self.reward, self.safety), strict=True))
+            costs.append(-safety)
             return (reward + self.multiplier * safety) / (1 + self.multiplier), None
 
-        return _combine((self.reward, self.safety), conversations, combine)
+        return _combine((self.reward, self.safety), conversations, combine), costs
 
 
 @dataclass(frozen=True)

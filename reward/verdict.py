@@ -56,6 +56,12 @@ class Verdict:
         return Score(float(self.outcome == "good") if self.probability is None else self.probability)
 
 
+def write_verdict(outcome: Literal["good", "bad"], rationale: str = "") -> str:
+    """The answer of a judge that finds so, as `parse_verdict` reads it; without explanation the verdict alone."""
+    line = f"{VERDICT_PREFIX}{GOOD if outcome == 'good' else BAD}"
+    return f"{OPENING} {rationale}\n{line}" if rationale else line
+
+
 # In order: the verdict itself; the end of a finished sentence (a trailing-off "..." is none); anything that states or
 # denies a verdict; the start of a further turn in any dress.
 _VERDICT = re.compile(rf"(?:\A|(?<=\s)){re.escape(VERDICT_PREFIX)} (good|bad)\.\Z")

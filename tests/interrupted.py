@@ -31,7 +31,7 @@ def deepspeed_environment(stage: str) -> dict[str, str]:
 
 PHASES = ("rollout", "score", "update", "save")
 PATIENCE = 120
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, str]] = {
     "ddp": {},
     "zero2": deepspeed_environment("2"),
     "zero3": deepspeed_environment("3")
@@ -101,13 +101,18 @@ def start(words: Sequence[str], **environment: str) -> Stage:
     return Stage(process, receiver)
 
 
-def start_two(words: Sequence[str], **environment: str) -> list[Stage]:
-    """Two ranks on the CPU, as a launcher starts them."""
+def start_ranks(words: Sequence[str], count: int, **environment: str) -> list[Stage]:
+    """So many ranks on the CPU, as a launcher starts them."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = str(server.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [start(words, RANK=rank, LOCAL_RANK=rank, **shared, **environment) for rank in ("0", "1")]
+    size = str(count)
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(words, RANK=str(rank), LOCAL_RANK=str(rank), **shared, **environment) for rank in range(count)]
+
+
+def end_all(stages: Sequence[Stage]) -> list[int]:
+    return [stage.end() for stage in stages]
 
 
 def _run(words: list[str], environment: Mapping[str, str], reports: Connection) -> None:

@@ -42,7 +42,7 @@ def first_batch(
     seen: list[tuple[dict[str, torch.Tensor], list[float]]] = []
     whiten = ppo.whiten_scores
 
-    def record(run: Any, scores: Any, rollout: Rollout) -> Any:
+    def record(run: Any, scores: Any, rollout: Rollout, loop: Any) -> Any:
         batch = rollout.rows(range(8), pad_token_id=run.pad_token_id, device="cpu")
         tensors = {
             "input_ids": batch.input_ids,
@@ -52,7 +52,7 @@ def first_batch(
             "values": rollout.values,
         }
         seen.append((tensors, [score.value for score in scores]))
-        return whiten(run, scores, rollout)
+        return whiten(run, scores, rollout, loop)
 
     monkeypatch.setattr(ppo, "whiten_scores", record)
     assert main(["--config", str(root / "ppo.yaml")]) == 0

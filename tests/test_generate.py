@@ -107,12 +107,14 @@ def test_equal_seeds_give_equal_answers_and_different_ones_different(model: Any,
     assert len({answer.text for answer in generator.answer([PROMPTS[1]] * 6, seed=1)}) == 6
 
 
-def surprise(model: Any, renderer: Renderer, sampling: Sampling, *, temperature: float) -> tuple[float, float]:
+def surprise(
+    model: Any, renderer: Renderer, sampling: Sampling, *, temperature: float, seeds: Sequence[int] | None = None
+) -> tuple[float, float]:
     """Mean of -log p of 2000 drawn first tokens, and how many standard errors it is off the entropy of p."""
     prompt = renderer.render_prompt(PROMPTS[0])
     distribution = torch.log_softmax(next_logits(model, prompt) / temperature, dim=-1)
     torch.manual_seed(7)
-    ids, length = Generator(model, renderer, sampling).sample([prompt] * 2000)
+    ids, length = Generator(model, renderer, sampling).sample([prompt] * 2000, seeds=seeds)
     drawn = -distribution[ids[:, length]].numpy()
     entropy = float(-(distribution.exp() * distribution).sum())
     return float(drawn.mean()), float((drawn.mean() - entropy) / (drawn.std() / math.sqrt(len(drawn))))
@@ -125,6 +127,22 @@ def test_samples_follow_the_whole_distribution_at_their_temperature(
     sampling = Sampling(temperature=temperature, max_new_tokens=1)
     assert abs(surprise(model, renderer, sampling, temperature=temperature)[1]) < 4
     assert abs(surprise(model, renderer, sampling, temperature=temperature + 0.4)[1]) > 8  # the check can tell
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.2])
+def test_rows_with_seeds_of_their_own_follow_it_too(model: Any, renderer: Renderer, temperature: float) -> None:
+    sampling = Sampling(temperature=temperature, max_new_tokens=1)
+    seeds = [derive_seed(3, row) for row in range(2000)]
+    assert abs(surprise(model, renderer, sampling, temperature=temperature, seeds=seeds)[1]) < 4
+    assert abs(surprise(model, renderer, sampling, temperature=temperature + 0.4, seeds=seeds)[1]) > 8
+
+
+def test_a_seed_is_all_that_tells_rows_apart(model: Any, renderer: Renderer) -> None:
+    generator = Generator(model, renderer, Sampling(temperature=1.0, max_new_tokens=8))
+    prompt = renderer.render_prompt(PROMPTS[1])
+    ids, _ = generator.sample([prompt] * 3, seeds=[7, 8, 7])
+    assert torch.equal(ids[0], ids[2])
+    assert not torch.equal(ids[0], ids[1])
 
 
 def test_top_p_keeps_the_likeliest_tokens_only(model: Any, renderer: Renderer) -> None:
@@ -178,8 +196,12 @@ class ScriptedModel(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.rows = rows
 
-    def generate(self, *, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.cat([input_ids, torch.tensor(self.rows)], dim=1)
+    def generate(self, *, input_ids: torch.Tensor, logits_processor: Any, **_: Any) -> torch.Tensor:
+        ids = torch.cat([input_ids, torch.tensor(self.rows)], dim=1)
+        for length in range(input_ids.shape[1], ids.shape[1]):
+            for processor in logits_processor:
+                processor(ids[:, :length], torch.zeros(len(ids), 512))
+        return ids
 
 
 def test_an_answer_ends_at_its_end_token_or_was_cut_off(renderer: Renderer) -> None:
@@ -197,7 +219,7 @@ def test_an_answer_ends_at_its_end_token_or_was_cut_off(renderer: Renderer) -> N
         Completion(cut, finished=False, num_tokens=len(word) + 3),
         Completion("", finished=True, num_tokens=1),
     ]
-    _, completion_ids = sample_answers(generator, [Prompt.of("q")] * 3, [0, 1, 2], seed=0)
+    _, completion_ids, _ = sample_answers(generator, [Prompt.of("q")] * 3, [0, 1, 2], seed=0)
     assert completion_ids == [[*word, end], rows[1], [end]]
 
 

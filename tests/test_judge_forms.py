@@ -161,8 +161,9 @@ def test_the_published_judge_reads_at_use_what_it_read_in_training(make: Any, ti
         with torch.no_grad():
             return -float(model(input_ids=torch.tensor([ids]), labels=labels).loss) * (len(ids) - verdict)
 
-    (found,) = backend.choice_logprobs([prompt], VERDICT_PREFIX, (GOOD, BAD))
-    assert found == pytest.approx([logprob(ids) for ids in trained_on], abs=1e-4)
+    ((good, bad),) = backend.choice_logprobs([prompt], VERDICT_PREFIX, (GOOD, BAD))
+    # The difference alone counts: where the two verdicts begin with the same token, it belongs to both.
+    assert good - bad == pytest.approx(logprob(trained_on[0]) - logprob(trained_on[1]), abs=1e-4)
     whole = backend.renderer.render_ids(prompt.answer("Fine. Chatbot is: good."))
     assert tokenizer.decode(whole).endswith(f"{shown}Fine. Chatbot is: good.{tokenizer.eos_token}")
 

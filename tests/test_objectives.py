@@ -14,6 +14,7 @@ from alignment.objectives import (
     clipped_value_loss,
     estimate_advantages,
     estimate_kl,
+    kl_penalty,
     masked_mean,
     moment_sums,
     moments,
@@ -88,6 +89,19 @@ def test_whitening_over_the_whole_batch_is_whitening_of_the_union() -> None:
     np.testing.assert_allclose(halves.numpy(), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_moments_of_a_union_from_those_of_its_parts(seed: int) -> None:
+    numbers = np.random.default_rng(seed)
+    parts = [numbers.normal(1e4, 2, size=int(size)) for size in numbers.integers(1, 50, size=6)]
+    found = moments(torch.tensor(parts[0]))
+    for part in parts[1:]:
+        found = found.with_more(moments(torch.tensor(part)))
+    union = np.concatenate(parts)
+    assert found.count == union.size
+    assert found.mean == pytest.approx(union.mean(), rel=1e-13)
+    assert found.variance == pytest.approx(union.var(), rel=1e-6)
+
+
 def test_equal_values_whiten_to_zero() -> None:
     assert whiten(torch.full((7,), 0.1)).abs().max() < 1e-3
 
@@ -128,6 +142,65 @@ def test_equal_policies_have_no_divergence() -> None:
     logprobs = torch.randn(3, 4)
     for estimator in ("k1", "k2", "k3"):
         assert estimate_kl(logprobs, logprobs, estimator=estimator).abs().max() == 0  # type: ignore[arg-type]
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    return np.exp(logits) / np.exp(logits).sum()
+
+
+def expected_gradient(
+    logits: np.ndarray, weights: np.ndarray, old: np.ndarray, ref: np.ndarray, kl: object
+) -> np.ndarray:
+    """Of a penalty's mean over the whole support, weighted as samples would be, with respect to the logits."""
+    parameters = torch.tensor(logits, requires_grad=True)
+    logprobs = torch.log_softmax(parameters, dim=0)
+    penalties = kl(logprobs, torch.tensor(np.log(old)), torch.tensor(np.log(ref)))  # type: ignore[operator]
+    (torch.tensor(weights) * penalties).sum().backward()
+    assert parameters.grad is not None
+    return parameters.grad.numpy()
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_gradient_of_the_penalty_is_that_of_the_divergence_also_off_policy(seed: int, estimator: str) -> None:
+    """d KL(p || q) / d z_i = p_i (log(p_i / q_i) - KL(p || q)) for p = softmax(z); tokens come from the old policy."""
+    numbers = np.random.default_rng(seed)
+    logits, (old, ref) = numbers.normal(size=9), numbers.dirichlet(np.full(9, 3.0), size=2)
+    p = softmax(logits)
+    divergence = np.sum(p * np.log(p / ref))
+    expected = p * (np.log(p / ref) - divergence)
+
+    def penalty(*logprobs: torch.Tensor) -> torch.Tensor:
+        return kl_penalty(*logprobs, estimator=estimator)  # type: ignore[arg-type]
+
+    np.testing.assert_allclose(expected_gradient(logits, old, old, ref, penalty), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_the_ratio_k1_pushes_nowhere_and_k3_along_the_other_divergence(seed: int) -> None:
+    """d KL(q || p) / d z = p - q. Why the penalty carries the ratio, though it is 1 where the gradient is taken."""
+    numbers = np.random.default_rng(seed)
+    logits, ref = numbers.normal(size=9), numbers.dirichlet(np.full(9, 3.0))
+    p = softmax(logits)
+
+    def plain(estimator: str) -> np.ndarray:
+        return expected_gradient(
+            logits,
+            p,
+            p,
+            ref,
+            lambda new, _, base: estimate_kl(new, base, estimator=estimator),  # type: ignore[arg-type]
+        )
+
+    np.testing.assert_allclose(plain("k1"), 0, atol=1e-12)
+    np.testing.assert_allclose(plain("k3"), p - ref, atol=1e-12)
+
+
+def test_the_penalty_by_hand() -> None:
+    """pi 1/2, pi_old 1/4, pi_ref 1/8: rho = 2, d = ln 4; k1 = d, k2 = d^2 / 2, k3 = 1/4 - 1 + d."""
+    new, old, ref = (torch.tensor([math.log(p)]) for p in (1 / 2, 1 / 4, 1 / 8))
+    for estimator, expected in {"k1": 4 * LN2, "k2": 4 * LN2**2, "k3": 4 * LN2 - 1.5}.items():
+        assert kl_penalty(new, old, ref, estimator=estimator).item() == pytest.approx(expected, rel=1e-6)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------ rewards
@@ -203,6 +276,26 @@ def test_with_gamma_and_lambda_1_the_return_is_the_reward_to_go_whatever_the_val
         values = scale * torch.tensor(numbers.normal(size=(3, 5)))
         _, returns = estimate_advantages(rewards, values, mask, gamma=1.0, lam=1.0)
         torch.testing.assert_close(returns, to_go)
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 0.5, 3.0])
+def test_the_advantage_of_a_combination_is_the_combination_of_the_advantages(multiplier: float) -> None:
+    """(A_r - m A_c) / (1 + m), as Safe RLHF combines two critics', with one critic of the combined reward."""
+    numbers = np.random.default_rng(0)
+    mask = lengths_mask(numbers, rows=5, length=7)
+    tensors = [torch.tensor(numbers.normal(size=mask.shape)) for _ in range(4)]
+
+    def advantages(rewards: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return estimate_advantages(rewards, values, torch.tensor(mask), gamma=0.97, lam=0.9)[0]
+
+    def combine(of_reward: torch.Tensor, of_cost: torch.Tensor) -> torch.Tensor:
+        return (of_reward - multiplier * of_cost) / (1 + multiplier)
+
+    reward, cost, value, cost_value = tensors
+    torch.testing.assert_close(
+        advantages(combine(reward, cost), combine(value, cost_value)),
+        combine(advantages(reward, value), advantages(cost, cost_value)),
+    )
 
 
 # ------------------------------------------------------------------------------------------------ clipping

@@ -15,15 +15,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from alignment.actor_critic import ActorCritic, Batch
 from alignment.plan.layout import Layout
 from alignment.plan.memory import (
-    Head,
     Loaded,
     Numerics,
+    Pass,
     Texts,
     buckets,
     forward_workspace,
     fused_head,
     kv_cache,
     learning,
+    mix_head,
     ppo_head,
     reading,
     states_of,
@@ -100,6 +101,14 @@ def actor(*, separate: bool, lora: Lora | None, dtype: torch.dtype, checkpointin
 def engine(*, separate: bool, lora: Lora | None, dtype: torch.dtype) -> list[Loaded]:
     models = [planned(dtype=dtype, lora=lora)]
     return [*models, planned("sequence_classification", dtype=dtype, lora=lora)] if separate else models
+
+
+def passes_of(models: list[Loaded]) -> list[Pass]:
+    """Policy with its head, then the value model."""
+    return [
+        Pass(models[0], TEXTS, ppo_head(models[0], ROWS, ANSWER + 1)),
+        *(Pass(model, TEXTS) for model in models[1:]),
+    ]
 
 
 def measured_peak(work: Callable[[], Any], parameters: list[torch.Tensor], *, known: list[torch.Tensor]) -> int:
@@ -229,7 +238,26 @@ def test_peak_of_a_ppo_update(dtype: torch.dtype, lora: Lora | None, separate: b
     known = [batch.input_ids, batch.attention_mask, batch.completion_mask]
     peak = measured_peak(loss, list(model.parameters()), known=known)
     models = engine(separate=separate, lora=lora, dtype=dtype)
-    found = learning(models, TEXTS, ppo_head(models[0], ROWS, ANSWER + 1), checkpointing=checkpointing)
+    found = learning(passes_of(models), checkpointing=checkpointing)
+    assert within(sum(found), peak), (sum(found) / peak, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peak_with_a_pretraining_mix(dtype: torch.dtype, checkpointing: bool) -> None:
+    model = actor(separate=False, lora=None, dtype=dtype, checkpointing=checkpointing).train()
+    batch, mix = ppo_batch(), ppo_batch()
+
+    def loss() -> torch.Tensor:
+        output = model(batch.input_ids, batch.attention_mask, batch.position_ids, ANSWER, mix=mix)
+        assert output.mix_logprobs is not None
+        return (output.logprobs * batch.completion_mask).sum() + (output.mix_logprobs * mix.completion_mask).sum()
+
+    known = [tensor for one in (batch, mix) for tensor in (one.input_ids, one.attention_mask, one.completion_mask)]
+    peak = measured_peak(loss, list(model.parameters()), known=known)
+    loaded = planned(dtype=dtype)
+    answers_alone = mix_head(loaded, Texts(ROWS, ANSWER + 1))  # here the logits of the prompts are not wanted
+    found = learning([*passes_of([loaded]), Pass(loaded, TEXTS, answers_alone)], checkpointing=checkpointing)
     assert within(sum(found), peak), (sum(found) / peak, found)
 
 
@@ -245,7 +273,7 @@ def test_peak_under_autocast() -> None:
     known = [batch.input_ids, batch.attention_mask, batch.completion_mask]
     peak = measured_peak(loss, list(model.parameters()), known=known)
     loaded = dataclasses.replace(planned(), numerics=Numerics(4, 2, 4, autocast=True))
-    found = learning([loaded], TEXTS, ppo_head(loaded, ROWS, ANSWER + 1), checkpointing=False)
+    found = learning(passes_of([loaded]), checkpointing=False)
     assert within(sum(found), peak), sum(found) / peak
 
 
@@ -257,7 +285,7 @@ def test_peak_of_reading_log_probabilities(separate: bool) -> None:
     with torch.no_grad(), Live(known) as live:
         model(batch.input_ids, batch.attention_mask, batch.position_ids, ANSWER)
     models = engine(separate=separate, lora=None, dtype=torch.float32)
-    found = reading(models, TEXTS, ppo_head(models[0], ROWS, ANSWER + 1))
+    found = reading(passes_of(models))
     assert within(sum(found), live.peak), sum(found) / live.peak
 
 
@@ -278,7 +306,7 @@ def test_peak_of_fine_tuning_with_the_fused_head(checkpointing: bool) -> None:
 
     peak = measured_peak(loss, list(model.parameters()), known=[ids, mask])
     loaded = planned()
-    found = learning([loaded], TEXTS, fused_head(loaded, TEXTS.tokens), checkpointing=checkpointing)
+    found = learning([Pass(loaded, TEXTS, fused_head(loaded, TEXTS.tokens))], checkpointing=checkpointing)
     assert within(sum(found), peak), (sum(found) / peak, found)
 
 
@@ -294,7 +322,7 @@ def test_peak_of_a_packed_batch_of_pairs(checkpointing: bool) -> None:
     known = [getattr(texts, name) for name in ("input_ids", "position_ids", "groups", "rests", "ends")]
     peak = measured_peak(lambda: packed_scores(model, model.score, texts).sum(), list(model.parameters()), known=known)
     loaded = planned("sequence_classification")
-    found = learning([loaded], Texts(ROWS, 128), Head(0), checkpointing=checkpointing)
+    found = learning([Pass(loaded, Texts(ROWS, 128))], checkpointing=checkpointing)
     assert within(sum(found), peak), sum(found) / peak
 
 

@@ -13,7 +13,7 @@ from alignment import rollout as rollout_module
 from alignment.actor_critic import load_actor_critic, load_reference
 from alignment.generate import Generator
 from alignment.recipe import PpoRecipe, Sampling
-from alignment.rollout import collect_rollout, evaluate_tokens, iteration_prompts, sample_answers
+from alignment.rollout import collect_rollout, evaluate_tokens, iteration_prompts, micro_batches, sample_answers
 from reward.conversation import Prompt
 from reward.render import Renderer
 from tests import tiny_ppo
@@ -68,13 +68,13 @@ def test_a_rollout_holds_what_plain_forward_passes_say(
     assert later.completion_ids != rollout.completion_ids
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_what_is_known_of_tokens_does_not_depend_on_the_batch(tiny_model: Path, batch_size: int) -> None:
+@pytest.mark.parametrize("batches", [[[0], [1], [2]], [[2, 0], [1]], [[1, 2], [0]]])
+def test_what_is_known_of_tokens_does_not_depend_on_the_batch(tiny_model: Path, batches: list[list[int]]) -> None:
     actor = load_actor_critic(ppo_recipe(tiny_model, value_trunk="shared"), pad_token_id=PAD).eval()
     nn.init.normal_(actor.value_head.weight)
     options: dict[str, Any] = {"pad_token_id": PAD, "device": "cpu"}
-    together = evaluate_tokens(actor, actor, PROMPT_IDS, COMPLETION_IDS, batch_size=8, **options)
-    apart = evaluate_tokens(actor, actor, PROMPT_IDS, COMPLETION_IDS, batch_size=batch_size, **options)
+    together = evaluate_tokens(actor, actor, PROMPT_IDS, COMPLETION_IDS, batches=[[0, 1, 2]], **options)
+    apart = evaluate_tokens(actor, actor, PROMPT_IDS, COMPLETION_IDS, batches=batches, **options)
     assert torch.equal(apart[0], together[0])
     assert apart[0].tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
     for ours, theirs in zip(apart[1:], together[1:], strict=True):
@@ -83,9 +83,41 @@ def test_what_is_known_of_tokens_does_not_depend_on_the_batch(tiny_model: Path, 
 
 def test_an_answer_depends_on_its_row_and_not_on_where_sampling_began(model: Any, renderer: Renderer) -> None:
     generator = Generator(model, renderer, Sampling(max_new_tokens=6, batch_size=2))
-    _, whole = sample_answers(generator, PROMPTS[:6], list(range(6)), seed=5)
-    _, part = sample_answers(generator, PROMPTS[2:6], [2, 3, 4, 5], seed=5)
+    _, whole, _ = sample_answers(generator, PROMPTS[:6], list(range(6)), seed=5)
+    _, part, _ = sample_answers(generator, PROMPTS[2:6], [2, 3, 4, 5], seed=5)
     assert part == whole[2:]
+    assert len({tuple(ids) for ids in whole}) == 6
+    for size in (1, 4, 6):
+        other = Generator(model, renderer, Sampling(max_new_tokens=6, batch_size=size))
+        assert sample_answers(other, PROMPTS[:6], list(range(6)), seed=5)[1] == whole
+    assert sample_answers(generator, PROMPTS[:6], list(range(6)), seed=6)[1] != whole
+
+
+def test_prompts_of_like_lengths_are_answered_together(
+    model: Any, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = Generator(model, renderer, Sampling(max_new_tokens=2, batch_size=2))
+    asked: list[list[int]] = []
+    sample = generator.sample
+
+    def watched(prompts: Sequence[Sequence[int]], **options: Any) -> Any:
+        asked.append([len(ids) for ids in prompts])
+        return sample(prompts, **options)
+
+    monkeypatch.setattr(generator, "sample", watched)
+    prompt_ids, completion_ids, drawn = sample_answers(generator, PROMPTS[:6], list(range(6)), seed=5)
+    lengths = [len(ids) for ids in prompt_ids]
+    assert lengths != sorted(lengths)
+    assert [length for batch in asked for length in batch] == sorted(lengths)
+    for row, completion in enumerate(completion_ids):  # everything stands in its own row again
+        expected = logprobs_alone(model, prompt_ids[row], completion, temperature=1.0)
+        torch.testing.assert_close(drawn[row], expected, atol=1e-5, rtol=0)
+
+
+def test_micro_batches_hold_texts_of_like_lengths() -> None:
+    prompts, completions = [[1] * n for n in (9, 2, 5, 1, 7, 3)], [[1] * n for n in (1, 2, 5, 1, 1, 9)]
+    assert micro_batches(prompts, completions, range(6), size=2) == [[3, 1], [4, 0], [2, 5]]
+    assert micro_batches(prompts, completions, range(1, 4), size=2) == [[3, 1], [2]]
 
 
 # ------------------------------------------------------------------------------- prompts of an iteration

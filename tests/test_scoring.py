@@ -203,5 +203,5 @@ def test_sections_of_judges_are_strict(section: str, message: str) -> None:
 
 def test_guidelines_that_are_no_text_are_refused(tiny_model: Path, guidelines: Path) -> None:
     guidelines.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match=r"scorer: .* cannot be read as guidelines"):
+    with pytest.raises(InputError, match="cannot be read as guidelines"):
         check_scorer(read_scorer(f"{{type: judge, model: {tiny_model}, guidelines: {guidelines}}}"))

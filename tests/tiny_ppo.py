@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alignment.policy import load_model, load_tokenizer
-from alignment.recipe import Data, Lora, ModelInit, Ppo, PpoRecipe, Sampling, Source
+from alignment.recipe import Data, ModelInit, Ppo, PpoRecipe, Sampling, Source
 from alignment.recipe_scorers import RefusalScorer
 from reward.conversation import Prompt
 from reward.render import Renderer
@@ -18,20 +18,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PAD = 3
+UNUSED = Data(sources=[Source(name="unused")])
 PROMPTS = [Prompt.of(text) for text in ("Hi", *SENTENCES[:10:2], "Which plants grow? " * 6)]
 PROMPT_IDS = [[7, 8, 9, 10, 11, 12], [20], [30, 31, 32]]
 COMPLETION_IDS = [[40, 41], [50, 51, 52, 2], [60]]
 
 
-def ppo_recipe(model: Path, *, lora: Lora | None = None, temperature: float = 1.0, **ppo: Any) -> PpoRecipe:
-    value_model = ppo.pop("value_model", None)
+def ppo_recipe(model: Path, *, temperature: float = 1.0, **settings: Any) -> PpoRecipe:
+    """`settings`: keys of the recipe, and of its section `ppo`."""
+    ppo = {name: settings.pop(name) for name in list(settings) if name in Ppo.model_fields}
+    given = {"output_dir": "unused", "prompts": UNUSED, "scorer": RefusalScorer()} | settings
     return PpoRecipe(
-        output_dir="unused",
         model=str(model),
-        lora=lora,
-        value_model=value_model,
-        prompts=Data(sources=[Source(name="unused")]),
-        scorer=RefusalScorer(),
+        **given,
         sampling=Sampling(temperature=temperature, max_new_tokens=6, batch_size=2),
         ppo=Ppo(**{"batch_size": 8, "mini_batch_size": 4, "per_device_batch_size": 2} | ppo),
     )

@@ -13,6 +13,7 @@ from alignment.plan.memory import (
     CONTEXT,
     Head,
     Loaded,
+    Pass,
     States,
     Texts,
     buckets,
@@ -24,22 +25,27 @@ from alignment.plan.memory import (
     kv_cache,
     learning,
     live_weights,
-    ppo_head,
     reading,
     states_of,
     step_bytes,
 )
+from alignment.plan.ppo_models import PpoModels, longest_prompt
 from alignment.recipe import (
     ContextDistillationRecipe,
     EvaluateRecipe,
     HarmfulnessModelRecipe,
+    JudgeAgreementRecipe,
+    JudgeDataRecipe,
     LabelRecipe,
     PpoRecipe,
     RejectionSamplingRecipe,
+    RespondRecipe,
     RewardModelRecipe,
     Sampling,
     SftRecipe,
 )
+from alignment.recipe_data import data_of
+from alignment.recipe_scorers import ScorerSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +94,13 @@ def footprint(setup: Setup) -> Footprint:
         case PpoRecipe():
             return _ppo(PpoModels.of(setup))
         case RejectionSamplingRecipe() | ContextDistillationRecipe():
-            return _sampling(setup, setup.recipe)
+            return _sampling(setup, setup.recipe, setup.recipe.scorer)
+        case RespondRecipe():
+            return _sampling(setup, setup.recipe, None)
         case EvaluateRecipe():
             return _evaluate(setup, setup.recipe)
-        case LabelRecipe():
-            return _label(setup, setup.recipe)
+        case LabelRecipe() | JudgeDataRecipe() | JudgeAgreementRecipe():
+            return _labelling(setup, setup.recipe)
         case _:
             raise InputError(f"a plan knows no stage {setup.recipe.stage!r}")
 
@@ -118,13 +126,13 @@ def _sft(setup: Setup, recipe: SftRecipe) -> Footprint:
     model = setup.tuned("model", recipe.model, trainer=True)
     texts = sft_texts(recipe)
     head = fused_head(model, texts.tokens)
-    return _trained(setup, [model], texts, head, checkpointing=recipe.training.gradient_checkpointing)
+    return _trained(setup, model, texts, head, checkpointing=recipe.training.gradient_checkpointing)
 
 
 def _reward_model(setup: Setup, recipe: RewardModelRecipe | HarmfulnessModelRecipe) -> Footprint:
     model = setup.tuned("reward model", recipe.model, head="sequence_classification", trainer=True)
     training = recipe.training
-    plan = _trained(setup, [model], scored_texts(recipe), Head(0), checkpointing=training.gradient_checkpointing)
+    plan = _trained(setup, model, scored_texts(recipe), Head(0), checkpointing=training.gradient_checkpointing)
     if recipe.eval_data is None:
         return plan
     whole = setup.frozen("held out", recipe.model, init=recipe.model_init, head="sequence_classification")
@@ -134,126 +142,58 @@ def _reward_model(setup: Setup, recipe: RewardModelRecipe | HarmfulnessModelReci
     return dataclasses.replace(plan, phases=[*plan.phases, measured])
 
 
-def _trained(setup: Setup, models: Sequence[Loaded], texts: Texts, head: Head, *, checkpointing: bool) -> Footprint:
-    roles = _roles(models, setup.layout)
-    own = buckets(models, setup.layout)
+def _trained(setup: Setup, model: Loaded, texts: Texts, head: Head, *, checkpointing: bool) -> Footprint:
+    roles, own = _roles([model], setup.layout), buckets([model], setup.layout)
     held = _held(roles, setup.layout) + own
-    phases = _learning_phases(models, setup.layout, texts, head, held=held, checkpointing=checkpointing)
+    passes = [Pass(model, texts, head)]
+    phases = _learning_phases(passes, [model], setup.layout, held=held, checkpointing=checkpointing)
     return Footprint(roles, phases, own, _host(roles, setup.layout))
 
 
 # ------------------------------------------------------------------------------------------------------------------ PPO
 
 
-@dataclass(frozen=True)
-class PpoModels:
-    """The models of PPO and the sizes of its batches on one process."""
-
-    recipe: PpoRecipe
-    layout: Layout
-    policy: Loaded
-    value: Loaded | None
-    reference: Loaded | None
-    scorers: Sequence[LoadedScorer]
-
-    @classmethod
-    def of(cls, setup: Setup) -> PpoModels:
-        """InputError when the batches do not divide among the GPUs, as in the stage itself."""
-        recipe = setup.recipe
-        assert isinstance(recipe, PpoRecipe)
-        policy = setup.tuned("policy", recipe.model)
-        value = reference = None
-        if recipe.ppo.value_trunk == "separate":
-            value = setup.tuned("value model", recipe.value_model or recipe.model, head="sequence_classification")
-        else:
-            policy = _with_value_head(policy)
-        if recipe.lora is None:
-            reference = setup.frozen("reference", recipe.model, init=recipe.model_init, numerics=policy.numerics)
-        rows, left = divmod(recipe.ppo.mini_batch_size, setup.layout.gpus)
-        if left or rows % min(recipe.ppo.per_device_batch_size, rows or 1):
-            raise InputError(
-                f"ppo.mini_batch_size {recipe.ppo.mini_batch_size} must divide into {setup.layout.gpus} processes x "
-                f"per_device_batch_size {recipe.ppo.per_device_batch_size}"
-            )
-        return cls(recipe, setup.layout, policy, value, reference, list(scorers_of(setup, recipe.scorer)))
-
-    @property
-    def engine(self) -> list[Loaded]:
-        return [self.policy] if self.value is None else [self.policy, self.value]
-
-    @property
-    def rows(self) -> int:
-        """Answers of an iteration on one process."""
-        return self.recipe.ppo.batch_size // self.layout.gpus
-
-    @property
-    def prompt_tokens(self) -> int:
-        return longest_prompt(self.recipe.prompts.max_length, self.recipe.sampling)
-
-    @property
-    def answer_tokens(self) -> int:
-        return self.recipe.sampling.max_new_tokens
-
-    def texts(self, rows: int) -> Texts:
-        """Prompts with answers, as many of them as a process has, at most `rows`."""
-        return Texts(min(rows, self.rows), self.prompt_tokens + self.answer_tokens)
-
-    @property
-    def micro_batch(self) -> Texts:
-        rows = self.recipe.ppo.mini_batch_size // self.layout.gpus
-        return self.texts(min(self.recipe.ppo.per_device_batch_size, rows))
-
-
-def _with_value_head(policy: Loaded) -> Loaded:
-    """A head of one output on the policy's trunk."""
-    shape, extra = policy.shape, policy.shape.hidden
-    if policy.tuning == "lora":
-        shape = dataclasses.replace(shape, adapter=shape.adapter + extra, adapter_head=shape.adapter_head + extra)
-    else:
-        shape = dataclasses.replace(shape, parameters=shape.parameters + extra)
-    return dataclasses.replace(policy, name="policy and value head", shape=shape)
-
-
-def longest_prompt(max_length: int, sampling: Sampling) -> int:
-    """Tokens of the longest prompt that is sampled from."""
-    return min(max_length, sampling.max_prompt_tokens)
-
-
 def _ppo(models: PpoModels) -> Footprint:
     recipe, layout, engine = models.recipe, models.layout, models.engine
-    frozen = [model for model in (models.reference, *(scorer.model for scorer in models.scorers)) if model is not None]
-    roles = [*_roles(engine, layout), *_whole(frozen)]
+    roles = _roles(engine, layout)
+    shared = 0
+    if models.reference is not None:
+        whole = models.reference.weight_bytes
+        shared = live_weights([models.reference], layout) if models.shards_reference else 0
+        roles.append(Role(models.reference, States(whole // layout.gpus if models.shards_reference else whole, 0, 0)))
+    scorers = [*models.scorers, *models.watchers]
+    roles += _whole([scorer.model for scorer in scorers])
     own = buckets(engine, layout)
     held = _held(roles, layout) + own
     rollout = models.texts(recipe.sampling.batch_size)
     sampling = {
-        "gathered weights": 0,
+        "gathered weights": gathered_weights(engine, layout),
         "KV cache": kv_cache(models.policy, rollout),
         "activations": drawing(models.policy, Texts(rollout.rows, models.prompt_tokens)),
     }
-    answers = models.texts(recipe.ppo.per_device_batch_size)
-    activations, logits = reading(engine, answers, ppo_head(models.policy, answers.rows, models.answer_tokens + 1))
-    evaluation = {"gathered weights": live_weights(engine, layout), "activations": activations, "logits": logits}
+    activations, logits = reading(models.passes(learning=False))
+    gathered = live_weights(engine, layout) + shared
+    evaluation = {"gathered weights": gathered, "activations": activations, "logits": logits}
     phases = [Phase("sampling", held, sampling), Phase("log-probabilities", held, evaluation)]
-    if models.scorers:
-        phases.append(Phase("scoring", held, {"activations": _scoring(models.scorers, models.texts(models.rows))}))
-    micro = models.micro_batch
-    head = ppo_head(models.policy, micro.rows, models.answer_tokens + 1)
+    if scorers:
+        phases.append(Phase("scoring", held, {"activations": _scoring(scorers, models.texts(models.rows))}))
     checkpointing = recipe.ppo.gradient_checkpointing
-    phases += _learning_phases(engine, layout, micro, head, held=held, checkpointing=checkpointing)
+    phases += _learning_phases(models.passes(learning=True), engine, layout, held=held, checkpointing=checkpointing)
     return Footprint(roles, phases, own, _host(roles, layout))
 
 
 # ----------------------------------------------------------------------- stages that sample and score, and nothing else
 
 
-def _sampling(setup: Setup, recipe: RejectionSamplingRecipe | ContextDistillationRecipe) -> Footprint:
+def _sampling(
+    setup: Setup, recipe: RejectionSamplingRecipe | ContextDistillationRecipe | RespondRecipe, scorer: ScorerSpec | None
+) -> Footprint:
     policy = setup.frozen("policy", recipe.model, init=recipe.model_init)
-    scorers = list(scorers_of(setup, recipe.scorer))
+    scorers = [] if scorer is None else list(scorers_of(setup, scorer))
     roles = _whole([policy, *(scorer.model for scorer in scorers)])
     held = _held(roles, setup.layout)
     prompt = recipe.sampling.max_prompt_tokens  # of context distillation: with its preprompt
-    if isinstance(recipe, RejectionSamplingRecipe):
+    if not isinstance(recipe, ContextDistillationRecipe):
         prompt = longest_prompt(recipe.prompts.max_length, recipe.sampling)
     answered = Texts(recipe.sampling.batch_size, prompt + recipe.sampling.max_new_tokens)
     phases = [_drawn(policy, prompt, recipe.sampling, held=held)]
@@ -287,13 +227,22 @@ def _evaluate(setup: Setup, recipe: EvaluateRecipe) -> Footprint:
     return Footprint(roles, phases, notes=["checkpoints and scorers are loaded one after another, not together"])
 
 
-def _label(setup: Setup, recipe: LabelRecipe) -> Footprint:
-    scorers = list(scorers_of(setup, recipe.scorer))
-    if not scorers:
-        return Footprint([], [Phase("scoring", 0, {})])
-    roles = _whole([scorer.model for scorer in scorers])
-    texts = Texts(max(scorer.batch_size for scorer in scorers), recipe.data.max_length)
-    return Footprint(roles, [Phase("scoring", _held(roles, setup.layout), {"activations": _scoring(scorers, texts)})])
+def _labelling(setup: Setup, recipe: LabelRecipe | JudgeDataRecipe | JudgeAgreementRecipe) -> Footprint:
+    """One labeller is loaded at a time, with all its parts."""
+    specs = recipe.labellers if isinstance(recipe, LabelRecipe) else recipe.scorers
+    longest = max(data.max_length for _, data, _ in data_of(recipe))
+    roles: list[Role] = []
+    phases: list[Phase] = []
+    for key, spec in specs.items():
+        scorers = list(scorers_of(setup, spec, key))
+        own = _whole([scorer.model for scorer in scorers])
+        if scorers:
+            texts = Texts(max(scorer.batch_size for scorer in scorers), longest)
+            parts = {"activations": _scoring(scorers, texts)}
+            name = "scoring" if len(specs) == 1 else f"scoring by {key}"
+            phases.append(Phase(name, _held(own, setup.layout), parts))
+        roles += own
+    return Footprint(roles, phases or [Phase("scoring", 0, {})])
 
 
 # -------------------------------------------------------------------------------------------------------- shared pieces
@@ -317,9 +266,9 @@ def _host(roles: Sequence[Role], layout: Layout) -> int:
 
 
 def _learning_phases(
-    models: Sequence[Loaded], layout: Layout, texts: Texts, head: Head, *, held: int, checkpointing: bool
+    passes: Sequence[Pass], models: Sequence[Loaded], layout: Layout, *, held: int, checkpointing: bool
 ) -> list[Phase]:
-    activations, logits = learning(models, texts, head, checkpointing=checkpointing)
+    activations, logits = learning(passes, checkpointing=checkpointing)
     gradients = 0 if keeps_gradients(layout) else sum(states_of(model, layout).gradients for model in models)
     update = {
         "gradients": gradients,

@@ -186,10 +186,28 @@ def _shared_trunk(setup: Setup) -> tuple[str, Setup] | None:
     return _with(setup, "ppo.value_trunk: shared and value_model: null", ppo=ppo, value_model=None)
 
 
+def _sharded_reference(setup: Setup) -> tuple[str, Setup] | None:
+    recipe = setup.recipe
+    if not isinstance(recipe, PpoRecipe) or recipe.lora is not None or recipe.ppo.reference == "sharded":
+        return None
+    if setup.layout.zero_stage != 3 or setup.layout.gpus == 1:
+        return None
+    return _with(setup, "ppo.reference: sharded", ppo=recipe.ppo.model_copy(update={"reference": "sharded"}))
+
+
+def _adapters(setup: Setup) -> dict[str, Any]:
+    """The values of a recipe that trains adapters: the reference is the adapter switched off."""
+    recipe: Any = setup.recipe
+    if not isinstance(recipe, PpoRecipe):
+        return {"lora": recipe.lora or Lora()}
+    return {"lora": recipe.lora or Lora(), "ppo": recipe.ppo.model_copy(update={"reference": "whole"})}
+
+
 def _lora(setup: Setup) -> tuple[str, Setup] | None:
     if _training(setup) is None or getattr(setup.recipe, "lora", None) is not None:
         return None
-    return _with(setup, "lora: {r: 16, alpha: 32} (no reference model; a higher learning rate)", lora=Lora())
+    change = "lora: {r: 16, alpha: 32} (no reference model; a higher learning rate)"
+    return _with(setup, change, **_adapters(setup))
 
 
 def _packed(setup: Setup) -> tuple[str, Setup] | None:
@@ -201,7 +219,7 @@ def _packed(setup: Setup) -> tuple[str, Setup] | None:
     values: dict[str, Any] = {"model_init": init.model_copy(update={"quantization": "nf4"})}
     if _training(setup) is None:
         return _with(setup, "model_init.quantization: nf4", **values)
-    values["lora"] = recipe.lora or Lora()
+    values |= _adapters(setup)
     change = f"lora on model_init.quantization: nf4, --launch {setup.layout.at_stage(0).launch}"
     name, turned = _with(setup, change, **values)
     return name, dataclasses.replace(turned, layout=setup.layout.at_stage(0))
@@ -211,7 +229,7 @@ def _all_turns() -> Iterator[Turn]:
     """First what changes no result, then what changes it least."""
     yield from (_checkpointing, _one_row, _fewer_answers, _scorer_batch)
     yield from (_to_stage(stage) for stage in (1, 2, 3))
-    yield from (_scorer_dtype, _scorer_elsewhere, _shared_trunk, _offload, _lora, _packed)
+    yield from (_sharded_reference, _scorer_dtype, _scorer_elsewhere, _shared_trunk, _offload, _lora, _packed)
 
 
 _TURNS = tuple(_all_turns())

@@ -280,25 +280,50 @@ def fused_head(model: Loaded, tokens: int) -> Head:
     return Head(tile * model.numerics.compute + tokens * s.hidden * 4 + weights)
 
 
-def learning(models: Sequence[Loaded], texts: Texts, head: Head, *, checkpointing: bool) -> tuple[int, int]:
-    """Activations and logits at the peak of a forward and backward pass: when the head is at work, or in a layer.
+def mix_head(model: Loaded, texts: Texts) -> Head:
+    """Logits of the pretraining mix, in float32 and laid out anew, and the log-distribution."""
+    numbers = texts.tokens * model.shape.vocab
+    return Head(numbers * (model.numerics.compute + 12), kept=numbers * 4)
 
-    `models` read the same texts one after another and are learned from together; the head is the first one's.
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Texts that a model reads, and what its head takes for them."""
+
+    model: Loaded
+    texts: Texts
+    head: Head = Head(0)
+
+
+def learning(passes: Sequence[Pass], *, checkpointing: bool) -> tuple[int, int]:
+    """Activations and logits at the peak of forward passes, one after another, and one backward pass through all.
+
+    The peak is where a head is at work, or in the first layer that the backward pass comes to.
     """
-    kept = sum(kept_activations(model, texts, checkpointing=checkpointing) for model in models)
-    casts = sum(model.cast_bytes for model in models)
-    at_head = kept + casts + sum(head_input(model, texts) for model in models)
-    in_layer = kept + max(backward_workspace(model, texts, checkpointing=checkpointing) for model in models)
-    in_layer += casts // models[0].shape.num_layers if checkpointing else casts
-    waiting = head.kept if len(models) > 1 else 0
-    return max((at_head, head.peak), (in_layer, waiting), key=sum)
+    trunks = ends = heads = casts = 0
+    cast: set[str] = set()
+    peaks: list[tuple[int, int]] = []
+    for one in passes:
+        trunks += kept_activations(one.model, one.texts, checkpointing=checkpointing)
+        ends += head_input(one.model, one.texts)
+        casts += 0 if one.model.name in cast else one.model.cast_bytes
+        cast.add(one.model.name)
+        peaks.append((trunks + ends + casts, heads + one.head.peak))
+        heads += one.head.kept
+    in_layer = max(backward_workspace(one.model, one.texts, checkpointing=checkpointing) for one in passes)
+    in_layer += casts // passes[0].model.shape.num_layers if checkpointing else casts
+    return max(*peaks, (trunks + in_layer, heads - passes[-1].head.kept), key=sum)
 
 
-def reading(models: Sequence[Loaded], texts: Texts, head: Head) -> tuple[int, int]:
-    """Activations and logits at the peak of a forward pass that nothing is learned from."""
-    work = max(forward_workspace(model, texts) for model in models)
-    casts = sum(model.cast_bytes for model in models)
-    return max((casts, head.peak), (casts + work, head.kept if len(models) > 1 else 0), key=sum)
+def reading(passes: Sequence[Pass]) -> tuple[int, int]:
+    """Activations and logits at the peak of forward passes, one after another, that nothing is learned from."""
+    heads = 0
+    peaks: list[tuple[int, int]] = []
+    for one in passes:
+        casts = one.model.cast_bytes
+        peaks += [(casts, heads + one.head.peak), (casts + forward_workspace(one.model, one.texts), heads)]
+        heads += one.head.kept
+    return max(peaks, key=sum)
 
 
 def kv_cache(model: Loaded, texts: Texts) -> int:

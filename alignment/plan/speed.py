@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from alignment.inputs import InputError
 from alignment.plan.catalog import LoadedScorer, Setup, scorers_of
-from alignment.plan.footprint import PpoModels, longest_prompt, scored_texts, scorer_texts
+from alignment.plan.footprint import scored_texts, scorer_texts
 from alignment.plan.layout import Layout
 from alignment.plan.memory import Loaded, Texts, gathered_weights, states_of
+from alignment.plan.ppo_models import PpoModels, longest_prompt
 from alignment.recipe import HarmfulnessModelRecipe, PpoRecipe, RejectionSamplingRecipe, RewardModelRecipe, SftRecipe
 
 LAYER_LAUNCH = 0.8e-3
@@ -154,25 +155,31 @@ def _ppo(models: PpoModels, clock: Clock) -> dict[str, float]:
         models.policy, Texts(rollout.rows, models.prompt_tokens), models.answer_tokens
     )
     drawn += clock.exchange(gathered_weights(engine, models.layout))
-    batches = -(-own.rows // models.texts(recipe.ppo.per_device_batch_size).rows)
-    answers = own.rows * models.answer_tokens
+    micro, answers = models.micro_batch, own.rows * models.answer_tokens
+    batches = own.rows // micro.rows
+    read = [*engine, *([models.reference] if models.reference is not None and models.shards_reference else [])]
     passes = [*engine, *([models.reference] if models.reference is not None else [models.policy])]
     evaluated = max(
         sum(clock.read(model, own, head_tokens=answers) for model in passes),
-        clock.exchange(batches * gathered_weights(engine, models.layout)),
+        clock.exchange(batches * gathered_weights(read, models.layout)),
     )
-    micro = models.micro_batch
+    again = recipe.ppo.gradient_checkpointing
     learned = recipe.ppo.num_ppo_epochs * clock.learn(
         engine,
         micro,
-        batches=own.rows // micro.rows,
+        batches=batches,
         steps=recipe.ppo.batch_size // recipe.ppo.mini_batch_size,
         head_tokens=micro.rows * models.answer_tokens,
-        again=recipe.ppo.gradient_checkpointing,
+        again=again,
     )
+    if models.mix is not None:
+        tokens = models.mix.tokens
+        learned += recipe.ppo.num_ppo_epochs * clock.learn(
+            [models.policy], models.mix, batches=batches, steps=0, head_tokens=tokens, again=again
+        )
     times = {"sampling": drawn, "log-probabilities": evaluated}
-    if models.scorers:
-        times["scoring"] = _scored(models.scorers, own, clock)
+    if models.scorers or models.watchers:
+        times["scoring"] = _scored([*models.scorers, *models.watchers], own, clock)
     return times | {"update": learned}
 
 

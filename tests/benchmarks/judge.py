@@ -1,4 +1,4 @@
-"""Verdicts of a judge on HH conversations: whole prompts against a shared prefix, and against written explanations.
+"""Verdicts on the first exchanges of HH dialogues: whole prompts, a shared prefix, and written explanations.
 
 `python -m tests.benchmarks.judge --conversations 64 --rounds 3`
 
@@ -48,7 +48,7 @@ def main() -> None:
     arguments = parse_arguments()
     data = Data(sources=[Source(name="hh_harmless", split="test", max_rows=arguments.conversations)])
     pairs = load_preferences(data, seed=arguments.seed).records
-    conversations = [pair.prompt.answer(pair.chosen) for pair in pairs]
+    conversations = [first_exchange(pair.prompt.answer(pair.chosen)) for pair in pairs]
     constitution = Constitution.read(GUIDELINES)
     prompts = [judge_prompt(constitution, conversation) for conversation in conversations]
     backend = TransformersBackend.load(
@@ -69,6 +69,11 @@ def main() -> None:
     take_turns(arms, rounds=arguments.rounds)
     report(arms, bound=token_bound(backend, prompts))
     compare(backend, whole, constitution, conversations[: arguments.compared])
+
+
+def first_exchange(conversation: Conversation) -> Conversation:
+    """The first question and its answer, as Safety LLaMA judges these dialogues."""
+    return Conversation(tuple(m for m in conversation.messages if m.role != "system")[:2])
 
 
 def first_words() -> tuple[str, str]:

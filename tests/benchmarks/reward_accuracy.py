@@ -2,10 +2,10 @@
 
 `SARA_DATA_DIR=... python -m tests.benchmarks.reward_accuracy --pairs 800 --seed 42 --output accuracy.json`
 
-The mixture: HH harmless, PKU-SafeRLHF (both with the safety labels that they bring), rated pairs of just-eval's safety
-answers (the gap of their scores, 1 to 4, is the rating) and a tenth of HH helpful. All arms have the same base model,
-adapter, number of pairs, epochs, batches and learning rates; each is read back from disk or memory as a stock classifier
-and ranks the same held-out pairs, whose prompts no arm has seen.
+The mixture: HH harmless, PKU-SafeRLHF (pairs of a safe and an unsafe answer, so labelled), rated pairs of just-eval's
+safety answers (the gap of their scores, 1 to 4, is the rating) and a tenth of HH helpful. All arms have the same base
+model, adapter, number of pairs, epochs, batches and learning rates, and rank the same held-out pairs, whose prompts no
+arm has seen.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,19 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         rated = write_rated_pairs(Path(folder))
-        held_out = load_preferences(held_out_data(rated["test"]), seed=arguments.seed)
+        labelled = write_labelled_pairs(Path(folder))
+        held_out = load_preferences(held_out_data(rated["test"], labelled["test"], arguments), seed=arguments.seed)
         print("held out:", {name: counts["kept"] for name, counts in held_out.counts.items()}, flush=True)
         for arm in arguments.arms:
             started = time.perf_counter()
-            data = training_data(rated["train"], arguments.pairs, helpful=arm != "no helpfulness data")
+            data = training_data(rated["train"], labelled["train"], arguments, helpful=arm != "no helpfulness data")
             work = Path(folder) / arm.replace(" ", "_")
             scorer = train_trl(data, arguments, work) if arm == "trl" else train_ours(arm, data, arguments, work)
             trained = time.perf_counter()
             results[arm] = preference_report(scorer, held_out.records) | {"seconds": trained - started}
             print(line(arm, results[arm]), flush=True)
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(vars(arguments) | {"results": results}, default=str, indent=1))
+            if arguments.output is not None:
+                arguments.output.write_text(json.dumps(vars(arguments) | {"results": results}, default=str, indent=1))
 
 
 def write_rated_pairs(folder: Path) -> dict[str, Path]:
@@ -88,28 +90,41 @@ def write_rated_pairs(folder: Path) -> dict[str, Path]:
     return files
 
 
-def training_data(rated: Path, pairs: int, *, helpful: bool) -> Data:
+def write_labelled_pairs(folder: Path) -> dict[str, Path]:
+    """PKU-SafeRLHF with the labels that its pairs imply: the copy read here has only pairs of one safe answer."""
+    files: dict[str, Path] = {}
+    for side in ("train", "test"):
+        data = Data(sources=[Source(name="pku_saferlhf", split=side)])
+        pairs = [
+            replace(pair, chosen_safe=True, rejected_safe=False) for pair in load_preferences(data, seed=0).records
+        ]
+        files[side] = folder / f"{side}-labelled.jsonl"
+        write_json_lines(files[side], (pair.to_json() for pair in pairs))
+    return files
+
+
+def training_data(rated: Path, labelled: Path, arguments: Any, *, helpful: bool) -> Data:
     """40% HH harmless and 40% PKU-SafeRLHF, 10% rated pairs, 10% helpfulness (or more of the first two)."""
-    tenth = pairs // 10
+    tenth = arguments.pairs // 10
     each = 4 * tenth if helpful else 4 * tenth + tenth // 2
     sources = [
         Source(name="hh_harmless", max_rows=each),
-        Source(name="pku_saferlhf", max_rows=each),
+        Source(name="file", path=str(labelled), split="all", max_rows=each),
         Source(name="file", path=str(rated), split="all", max_rows=tenth),
     ]
     if helpful:
         sources.append(Source(name="hh_helpful", max_rows=tenth))
-    return Data(max_length=512, sources=sources)
+    return Data(max_length=arguments.max_length, sources=sources)
 
 
-def held_out_data(rated: Path) -> Data:
+def held_out_data(rated: Path, labelled: Path, arguments: Any) -> Data:
     return Data(
-        max_length=512,
+        max_length=arguments.max_length,
         sources=[
-            Source(name="hh_harmless", split="test"),
-            Source(name="pku_saferlhf", split="test", max_rows=200),
+            Source(name="hh_harmless", split="test", max_rows=arguments.held_out),
+            Source(name="file", path=str(labelled), split="all", max_rows=arguments.held_out),
             Source(name="file", path=str(rated), split="all"),
-            Source(name="hh_helpful", split="test", max_rows=150),
+            Source(name="hh_helpful", split="test", max_rows=arguments.held_out),
         ],
     )
 
@@ -131,7 +146,7 @@ def train_ours(arm: str, data: Data, arguments: Any, work: Path) -> RewardModel:
         | ABLATIONS[arm]
     )
     run(recipe)
-    return RewardModel.load(work, dtype="float32")
+    return RewardModel.load(work, dtype=arguments.dtype)
 
 
 def train_trl(data: Data, arguments: Any, work: Path) -> RewardModel:
@@ -169,7 +184,7 @@ def train_trl(data: Data, arguments: Any, work: Path) -> RewardModel:
     )
     trainer.train()
     merged: Any = trainer.accelerator.unwrap_model(trainer.model)
-    return RewardModel(merged.merge_and_unload().float().eval(), tokenizer, name="trl")
+    return RewardModel(merged.merge_and_unload().eval(), tokenizer, name="trl")
 
 
 def lora(arguments: Any) -> Lora:
@@ -195,8 +210,8 @@ def line(arm: str, report: dict[str, Any]) -> str:
         f"{name} {100 * rate['value']:.1f} [{100 * rate['low']:.0f}, {100 * rate['high']:.0f}] n={rate['n']}"
         for name, rate in groups.items()
     ]
-    recall = report["unsafe_recall"]
-    return f"{arm:<20} {' | '.join(cells)} | unsafe recall {recall['value']:.2f} | {report['seconds']:.0f} s"
+    recalls = [f"{name} {100 * report[name]['value']:.0f}" for name in ("unsafe_recall", "safe_recall")]
+    return f"{arm:<20} {' | '.join([*cells, *recalls])} | {report['seconds']:.0f} s"
 
 
 def parse_arguments() -> Any:
@@ -204,6 +219,8 @@ def parse_arguments() -> Any:
     parser.add_argument("--model", default="embedded:smollm2-135m-instruct")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--pairs", type=int, default=800)
+    parser.add_argument("--held-out", type=int, default=200, help="pairs of each source")
+    parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--last-layers", type=int, default=15, help="adapt only the last n layers")

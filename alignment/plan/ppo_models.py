@@ -1,0 +1,129 @@
+"""The models of PPO as its processes hold them, and the sizes of what goes through them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from alignment.inputs import InputError
+from alignment.plan.catalog import LoadedScorer, Setup, scorers_of
+from alignment.plan.layout import Layout
+from alignment.plan.memory import Loaded, Pass, Texts, mix_head, ppo_head
+from alignment.recipe import PpoRecipe, Sampling
+
+
+@dataclass(frozen=True)
+class PpoModels:
+    """`value`: a model of its own, or an adapter of its own on the policy. `watchers`: scorers that PPO never sees."""
+
+    recipe: PpoRecipe
+    layout: Layout
+    policy: Loaded
+    value: Loaded | None
+    reference: Loaded | None
+    scorers: Sequence[LoadedScorer]
+    watchers: Sequence[LoadedScorer]
+
+    @classmethod
+    def of(cls, setup: Setup) -> PpoModels:
+        """InputError when the batches do not divide among the GPUs, as in the stage itself."""
+        recipe = setup.recipe
+        assert isinstance(recipe, PpoRecipe)
+        policy = setup.tuned("policy", recipe.model)
+        value = reference = None
+        if recipe.ppo.value_trunk == "separate":
+            value = setup.tuned("value model", recipe.value_model or recipe.model, head="sequence_classification")
+        elif recipe.ppo.value_trunk == "adapter":
+            value = _value_adapter(policy)
+        else:
+            policy = _with_value_head(policy)
+        if recipe.lora is None:
+            reference = setup.frozen("reference", recipe.model, init=recipe.model_init, numerics=policy.numerics)
+        _check_batches(recipe, setup.layout)
+        watchers = [] if recipe.gold_scorer is None else list(scorers_of(setup, recipe.gold_scorer, "gold_scorer"))
+        if recipe.probes is not None:
+            watchers += scorers_of(setup, recipe.probes.violation_scorer, "probes.violation_scorer")
+        scorers = list(scorers_of(setup, recipe.scorer))
+        return cls(recipe, setup.layout, policy, value, reference, scorers, watchers)
+
+    @property
+    def engine(self) -> list[Loaded]:
+        return [self.policy] if self.value is None else [self.policy, self.value]
+
+    @property
+    def shards_reference(self) -> bool:
+        return self.reference is not None and self.recipe.ppo.reference == "sharded"
+
+    @property
+    def rows(self) -> int:
+        """Answers of an iteration on one process."""
+        return self.recipe.ppo.batch_size // self.layout.gpus
+
+    @property
+    def prompt_tokens(self) -> int:
+        return longest_prompt(self.recipe.prompts.max_length, self.recipe.sampling)
+
+    @property
+    def answer_tokens(self) -> int:
+        return self.recipe.sampling.max_new_tokens
+
+    def texts(self, rows: int) -> Texts:
+        """Prompts with answers, as many of them as a process has, at most `rows`."""
+        return Texts(min(rows, self.rows), self.prompt_tokens + self.answer_tokens)
+
+    @property
+    def micro_batch(self) -> Texts:
+        rows = self.recipe.ppo.mini_batch_size // self.layout.gpus
+        return self.texts(min(self.recipe.ppo.per_device_batch_size, rows))
+
+    @property
+    def mix(self) -> Texts | None:
+        """Conversations of the pretraining mix beside a micro-batch."""
+        data = self.recipe.ptx_data
+        return None if data is None else Texts(self.micro_batch.rows, data.max_length)
+
+    def passes(self, *, learning: bool) -> list[Pass]:
+        """Of a micro-batch through the engine; the pretraining mix is read to learn from it alone."""
+        texts = self.micro_batch
+        found = [Pass(self.policy, texts, ppo_head(self.policy, texts.rows, self.answer_tokens + 1))]
+        if self.value is not None:
+            found.append(Pass(self.value, texts))
+        if learning and self.mix is not None:
+            found.append(Pass(self.policy, self.mix, mix_head(self.policy, self.mix)))
+        return found
+
+
+def longest_prompt(max_length: int, sampling: Sampling) -> int:
+    """Tokens of the longest prompt that is sampled from."""
+    return min(max_length, sampling.max_prompt_tokens)
+
+
+def _with_value_head(policy: Loaded) -> Loaded:
+    """A head of one output on the policy's trunk."""
+    shape, extra = policy.shape, policy.shape.hidden
+    if policy.tuning == "lora":
+        shape = dataclasses.replace(shape, adapter=shape.adapter + extra, adapter_head=shape.adapter_head + extra)
+    else:
+        shape = dataclasses.replace(shape, parameters=shape.parameters + extra)
+    return dataclasses.replace(policy, name="policy and value head", shape=shape)
+
+
+def _value_adapter(policy: Loaded) -> Loaded:
+    """The policy's trunk with an adapter and a head of its own: nothing else is held twice."""
+    head = policy.shape.hidden
+    shape = dataclasses.replace(
+        policy.shape, parameters=0, quantizable=0, adapter=policy.shape.adapter + head, adapter_head=head
+    )
+    return dataclasses.replace(policy, name="value adapter", shape=shape, quantization=None)
+
+
+def _check_batches(recipe: PpoRecipe, layout: Layout) -> None:
+    rows, left = divmod(recipe.ppo.mini_batch_size, layout.gpus)
+    if left or rows % min(recipe.ppo.per_device_batch_size, rows or 1):
+        raise InputError(
+            f"ppo.mini_batch_size {recipe.ppo.mini_batch_size} must divide into {layout.gpus} processes x "
+            f"per_device_batch_size {recipe.ppo.per_device_batch_size}"
+        )
+    if recipe.ppo.reference == "sharded" and layout.zero_stage != 3:
+        raise InputError("ppo.reference: sharded needs ZeRO-3; launch with launch/zero3.yaml or the like")

@@ -1,0 +1,33 @@
+"""Our side of the PPO benchmark: the stage as it is, its iterations one at a time. Started by `tests.benchmarks.ppo`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alignment import rollout
+from alignment.recipe import PpoRecipe
+from alignment.stages import ppo, run_stage
+from reward.model import RewardModel
+from tests.benchmarks.ppo_turns import Turns, read_job
+
+
+def main() -> None:
+    job, turns = read_job(), Turns()
+    turns.timed(rollout, "sample_answers", "sampling")
+    turns.timed(rollout, "evaluate_tokens", "log-probabilities")
+    turns.timed(RewardModel, "score", "scoring")
+    run_iteration = ppo.run_iteration
+
+    def one_turn(*args: Any) -> Any:
+        turns.begin()
+        metrics, loop = run_iteration(*args)
+        names = {"score": "score_mean", "kl": "kl", "completion_tokens": "completion_tokens"}
+        turns.end(**{ours: metrics[theirs] for ours, theirs in names.items()})
+        return metrics, loop
+
+    ppo.run_iteration = one_turn
+    run_stage(PpoRecipe.model_validate(job["recipe"]))
+
+
+if __name__ == "__main__":
+    main()

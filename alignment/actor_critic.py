@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -147,7 +147,7 @@ class ActorCritic(nn.Module):
 
 
 @contextlib.contextmanager
-def adapter_switched(policy: Any, name: str | None) -> Iterator[None]:
+def adapter_switched(policy: Any, name: str | None) -> Generator[None]:
     """Inside, another adapter of a peft model works (None: none of them); which parameters train stays as it was.
 
     peft freezes the adapters that do not work. An engine that has wrapped the model must not find them so afterwards.

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class CheckpointError(ArtifactError):
 
 
 @contextlib.contextmanager
-def write_checkpoint(folder: Path, name: str, *, keep: int | None, pinned: str | None = None) -> Iterator[Path]:
+def write_checkpoint(folder: Path, name: str, *, keep: int | None, pinned: str | None = None) -> Generator[Path]:
     """The folder to write a new checkpoint to. It gets its name at the end; then all but the newest `keep` go.
 
     The one called `pinned` stays, however old it is.

@@ -57,7 +57,7 @@ class Generator:
     ) -> tuple[torch.Tensor, int]:
         """Prompts (padded on the left) with their completions, `(batch, length)`, and the padded prompt length.
 
-        With `seeds`, one a row, each row has random numbers of its own, whatever rows stand beside it; `top_p` is 1 then.
+        With `seeds`, one a row, each row has random numbers of its own, whatever stands beside it; `top_p` counts as 1.
         """
         device = next(self.model.parameters()).device
         pad = self.renderer.tokenizer.pad_token_id

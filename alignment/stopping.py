@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from alignment.distributed import from_all
@@ -35,7 +35,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_sigterm() -> Iterator[StopRequest]:
+def stop_on_sigterm() -> Generator[StopRequest]:
     """Inside, SIGTERM does not end this process but is remembered."""
     request = StopRequest()
 

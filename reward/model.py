@@ -134,6 +134,7 @@ class RewardModel:
             except TooLong as error:
                 scores[position] = Score(None, str(error))
         batches = list(self._batches(conversations, rendered))
+        num_idle = self._most(len(batches)) - len(batches)
         for batch in batches:
             positions = [position for group in batch for position in group]
             if self.why_padded is None:
@@ -141,7 +142,7 @@ class RewardModel:
             else:
                 values = self.forward([rendered[position] for position in positions])
             scores |= {position: Score(value) for position, value in zip(positions, values.tolist(), strict=True)}
-        for _ in range(self._most(len(batches)) - len(batches)):  # for the others, which need the weights held here
+        for _ in range(num_idle):  # for the other processes, which need the weights that this one holds
             self.forward([[self.module.config.pad_token_id]])
         return [scores[position] for position in range(len(conversations))]
 

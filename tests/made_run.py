@@ -70,6 +70,12 @@ def make_step(folder: Path, name: str) -> Artifact:
             for metric, (first, last) in ends.items()
         }
         columns = [{metric: values[step] for metric, values in curve.items()} for step in range(30)]
+        for step in range(0, 30, 10):  # 6 of 20 violations, then 4, then 2; refusals the other way
+            for probe, count in (("violation", 6 - step // 5), ("false_refusal", 2 + step // 5)):
+                rate = Rate.of(number < count for number in range(20)).to_json()
+                parts = {"rate": rate["value"], "low": rate["low"], "high": rate["high"]}
+                columns[step] |= {f"ppo/probe_{probe}_{part}": value for part, value in parts.items()}
+            columns[step] |= {"ppo/gold_mean": 0.5 - step / 100, "ppo/gold_training_mean": 0.2 + step / 25}
         write_json_lines(
             folder / "metrics.jsonl",
             ({"step": step, "time_seconds": step * 1.5} | values for step, values in enumerate(columns)),

@@ -1,4 +1,4 @@
-"""Functions of the tests on two ranks at once, under a layout of the launch files; what each rank gives comes back.
+"""A function on one or two ranks, under a layout of the launch files; what each of them gives comes back.
 
 The processes are forked from the server of tests/interrupted.py, so that a launch costs seconds.
 """
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 
-def on_two_ranks(function: Callable[..., Any], *args: Any, environment: Mapping[str, str]) -> list[Any]:
-    """`function(*args)` on ranks 0 and 1: its results, by rank. AssertionError with the traceback where one fails."""
+def on_ranks(function: Callable[..., Any], *args: Any, environment: Mapping[str, str], count: int = 2) -> list[Any]:
+    """`function(*args)` on `count` ranks: its results, by rank. AssertionError with the traceback where one fails."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = str(server.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    size = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    shared = size | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started: list[tuple[Any, Connection]] = []
-    for rank in ("0", "1"):
+    for rank in map(str, range(count)):
         receiver, sender = SERVER.Pipe(duplex=False)
         own = {"ACCELERATE_USE_CPU": "true", **environment, **shared, "RANK": rank, "LOCAL_RANK": rank}
         process = SERVER.Process(target=_work, args=(function, args, own, sender))
@@ -40,7 +41,7 @@ def on_two_ranks(function: Callable[..., Any], *args: Any, environment: Mapping[
         for process, _ in started:
             process.join(PATIENCE)
             codes.append(process.exitcode)
-        assert codes == [0, 0]
+        assert codes == [0] * count
         return [result for _, result in outcomes]
     finally:
         for process, _ in started:

@@ -11,3 +11,16 @@ def shorter_is_better(conversation: Conversation) -> float:
 
 def always_the_same(conversation: Conversation) -> float:
     return 0.5 if conversation.messages else 0.0
+
+
+def count_hashes(conversation: Conversation) -> float:
+    """`#` is one token to the tiny tokenizer, alone: no merge holds it."""
+    return float(conversation.completion.count("#"))
+
+
+def last_word(conversation: Conversation) -> float | None:
+    """P(safe) is what the answer ends with, if that is a number."""
+    try:
+        return float(conversation.completion.split()[-1])
+    except ValueError:
+        return None

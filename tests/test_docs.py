@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from alignment import recipe as models
-from alignment import recipe_scorers
+from alignment import recipe_health, recipe_scorers
 from alignment.recipe import RECIPES, Source, StageRecipe
 from alignment.recipe_file import parse_yaml
 from alignment.source_catalog import SOURCES
@@ -34,6 +34,8 @@ DOCUMENTED = {
     "`source`": models.Source,
     "`training`": models.Training,
     "`ppo` settings": models.Ppo,
+    "`probes`": recipe_health.Probes,
+    "`health`": recipe_health.Health,
     "`sampling`": models.Sampling,
     "`wandb`": models.WandbSettings,
     "Prompt set": models.PromptSet,

@@ -173,8 +173,8 @@ def test_same_recipe_and_seed_give_the_same_bits(run_dir: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("step", "checkpoint"),
     [
-        ("sft", "checkpoints/checkpoint-2/complete"),
-        ("safety_reward_model", "checkpoints/checkpoint-2/complete"),
+        ("sft", "checkpoints/checkpoint-2/index.json"),
+        ("safety_reward_model", "checkpoints/checkpoint-2/index.json"),
         ("ppo", "checkpoints/iteration-1/state.json"),
     ],
 )

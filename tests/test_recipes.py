@@ -124,13 +124,14 @@ def test_the_gold_reward_model_learns_from_rows_that_nothing_else_learns_from(fo
     """Otherwise its verdict would not be a second opinion."""
 
     def training_rows(recipe: StageRecipe) -> set[tuple[str, str]]:
-        sections = dict(sections_of(recipe))
+        sections = {key: section for key, section in sections_of(recipe) if not key.startswith("probes.")}
         sections.pop("eval_data", None)
         data = [section for section in sections.values() if isinstance(section, Data)]
         return {(source.name, source.split) for part in data for source in part.sources}
 
     recipes = recipes_of(folder)
     gold, evaluation = recipes.pop("gold_reward_model"), recipes.pop("evaluate")
+    recipes.pop("judge_agreement", None)  # it measures, too
     others = {rows for recipe in recipes.values() for rows in training_rows(recipe)}
     assert training_rows(gold).isdisjoint(others)
     assert {split for _, split in training_rows(gold) | others}.isdisjoint({"test", "all", "safe", "unsafe"})
@@ -158,6 +159,7 @@ def llama2_steps() -> dict[str, tuple[StageRecipe, int]]:
 
 def test_effective_batches_of_llama2_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = llama2_steps()
+    assert steps.pop("judge_agreement")[1] == 1
     assert {processes for _, processes in steps.values()} == {8}
     assert per_step(*steps["sft"]) == 64  # section 3.1
     for name in ("safety_reward_model", "helpfulness_reward_model", "gold_reward_model"):

@@ -16,7 +16,7 @@ from alignment.recipe_scorers import RewardModelScorer
 from alignment.sharding import check_sharding
 from reward.conversation import Prompt
 from tests.interrupted import LAYOUTS, history, make_parents, ppo_words
-from tests.ranks import on_two_ranks
+from tests.ranks import on_ranks
 from tests.tiny import SENTENCES, make_reward_model
 from tests.tiny_ppo import COMPLETION_IDS, PAD, PROMPT_IDS, ppo_recipe
 
@@ -35,7 +35,7 @@ def parents(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 
 def texts_of(rank: int) -> list[Any]:
-    """Rank 0 has answers to two prompts and more of them than rank 1 in its first call, which has none in the second."""
+    """Rank 0 has answers to two prompts and more of them than rank 1."""
     prompts = [Prompt.of(text) for text in SENTENCES[: 4 - 2 * rank : 2]]
     return [prompt.answer(answer) for prompt in prompts for answer in SENTENCES[1 : 6 - 3 * rank : 2]]
 
@@ -80,13 +80,15 @@ def elements_held(model: Any) -> int:
 
 def test_shared_out_models_equal_whole_ones_and_take_half(tmp_path: Path, tiny_model: Path) -> None:
     reward_model = make_reward_model(tiny_model, tmp_path / "reward_model", seed=1)
-    ranks = on_two_ranks(read_both_ways, tiny_model, reward_model, environment=LAYOUTS["zero3"])
+    ranks = on_ranks(read_both_ways, tiny_model, reward_model, environment=LAYOUTS["zero3"])
     assert [len(texts_of(rank)) for rank in (0, 1)] == [6, 1], "so that the ranks need other numbers of passes"
     for rank, found in enumerate(ranks):
         whole, sharded = found["whole"], found["sharded"]
         assert whole["packed"]
         assert sharded["packed"]
-        for before, after in zip([*whole["scores"], whole["alone"]], [*sharded["scores"], sharded["alone"]], strict=True):
+        for before, after in zip(
+            [*whole["scores"], whole["alone"]], [*sharded["scores"], sharded["alone"]], strict=True
+        ):
             assert after == pytest.approx(before, abs=1e-5)
         assert len(sharded["scores"][0]) == len(texts_of(rank))
         torch.testing.assert_close(torch.tensor(sharded["logprobs"]), torch.tensor(whole["logprobs"]))
@@ -97,7 +99,7 @@ def test_shared_out_models_equal_whole_ones_and_take_half(tmp_path: Path, tiny_m
 def test_ppo_with_shared_out_models_equals_ppo_with_whole_ones(parents: Path, tmp_path: Path) -> None:
     for name, overrides in (("whole", ()), ("sharded", SHARDED)):
         words = ppo_words(parents, tmp_path / name, *FULL, *overrides)
-        assert on_two_ranks(main, words, environment=LAYOUTS["zero3"]) == [0, 0]
+        assert on_ranks(main, words, environment=LAYOUTS["zero3"]) == [0, 0]
         assert read_artifact(tmp_path / name).provenance["zero_stage"] == 3
     expected, found = history(tmp_path / "whole"), history(tmp_path / "sharded")
     assert len(expected) == len(found) == 3

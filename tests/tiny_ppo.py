@@ -27,11 +27,11 @@ COMPLETION_IDS = [[40, 41], [50, 51, 52, 2], [60]]
 def ppo_recipe(model: Path, *, temperature: float = 1.0, **settings: Any) -> PpoRecipe:
     """`settings`: keys of the recipe, and of its section `ppo`."""
     ppo = {name: settings.pop(name) for name in list(settings) if name in Ppo.model_fields}
-    given = {"output_dir": "unused", "prompts": UNUSED, "scorer": RefusalScorer()} | settings
+    sampling = Sampling(temperature=temperature, max_new_tokens=6, batch_size=2)
+    given = {"output_dir": "unused", "prompts": UNUSED, "scorer": RefusalScorer(), "sampling": sampling} | settings
     return PpoRecipe(
         model=str(model),
         **given,
-        sampling=Sampling(temperature=temperature, max_new_tokens=6, batch_size=2),
         ppo=Ppo(**{"batch_size": 8, "mini_batch_size": 4, "per_device_batch_size": 2} | ppo),
     )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.artifact import Artifact, is_artifact, read_artifact, sha256
-from alignment.tracking import METRICS
+from alignment.tracking import ALARMS, METRICS
 from alignment.workspace import IN_PROGRESS
 from reward.conversation import RecordError, read_json_lines
 
@@ -100,6 +100,7 @@ def collect(run_dir: Path) -> JsonObject:
         "transcripts": transcripts(items, scorers[0], before, after),
         "steps": [provenance(step, steps) for step in steps.complete],
         "stale": stale_checkpoints(steps, evaluation, checkpoints),
+        "unmeasured": [step.path.name for step in steps.complete if step.data.get("agreement", {}).get("unmeasured")],
         "unfinished": list(steps.unfinished),
         "moved_aside": list(steps.moved_aside),
     }
@@ -296,12 +297,13 @@ def reward_models(steps: Steps, result: JsonObject) -> list[JsonObject]:
 
 
 def curves(step: Artifact) -> JsonObject:
-    """`metrics.jsonl` by column; None where an iteration did not write a metric."""
+    """`metrics.jsonl` by column, None where an iteration did not write a metric, and the alarms."""
     rows = _rows(step.path / METRICS)
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("ppo/"))
     return {
         "steps": [row["step"] for row in rows],
         "curves": {name.removeprefix("ppo/"): [row.get(name) for row in rows] for name in names},
+        "alarms": _rows(step.path / ALARMS),
     }
 
 

@@ -181,6 +181,23 @@ def curves(steps: Sequence[int], panels: Mapping[str, Sequence[float | None]]) -
     return _svg(draw, width=10, height=2.15 * lines + 0.3)
 
 
+def probe_rates(rates: Mapping[str, Sequence[tuple[int, float, float, float]]]) -> str:
+    """Title -> (iteration, rate, low, high) of each measurement, side by side; the violation rate first."""
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, len(rates), squeeze=False).flat
+        for axes, color, (title, points) in zip(panels, (VIOLATION[0], REFUSAL), rates.items(), strict=False):
+            steps = [step for step, *_ in points]
+            value, low, high = ([100 * point[column] for point in points] for column in (1, 2, 3))
+            axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+            axes.plot(steps, value, color=color, linewidth=1.5, marker="o", markersize=3.5)
+            axes.set_title(title, color=INK)
+            axes.set_ylim(0, 100)
+        figure.supxlabel("iteration", fontsize=9, color=MUTED)
+
+    return _svg(draw, width=7.5, height=2.6)
+
+
 def score_scatter(scores: JsonObject, *, before: str, after: str) -> str:
     """Each prompt's score before (x) and after (y), with the box of prompts that went from unsafe to safe."""
 

@@ -15,6 +15,8 @@ from alignment.evaluation.page import render_page, write_page
 from alignment.evaluation.wording import cautions, direction, first_set, headline, number, scorer_label, visible
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.table import Table
 
 __all__ = ["ReportError", "build_report", "make_report", "render", "summary_table"]
@@ -33,6 +35,14 @@ PPO_PANELS = {
     "finished_share": "share of finished answers",
     "safety_branch_share": "share scored for safety",
     "clip_fraction": "share of clipped tokens",
+    "ratio_max": "largest ratio of a token",
+    "logprob_difference_mean": "sampler against trainer, nats",
+}
+PROBE_PANELS = {"violation": "violation rate, % of probes", "false_refusal": "false-refusal rate, % of probes"}
+GOLD_PANELS = {
+    "gold_training_mean": "training score",
+    "gold_mean": "gold score of the same answers",
+    "gold_correlation": "correlation of the two",
 }
 
 
@@ -85,7 +95,9 @@ def _figures(report: JsonObject) -> dict[str, Any]:
         },
         "scores": None if scores is None else plots.score_scatter(scores, before=before, after=after),
         "reward_models": [plots.pair_accuracies(model["report"]) for model in report["reward_models"]],
-        "ppo": {step: _curves(values) for step, values in report["ppo"].items()},
+        "ppo": {step: _curves(values, PPO_PANELS) for step, values in report["ppo"].items()},
+        "probes": {step: _probes(values) for step, values in report["ppo"].items()},
+        "gold": {step: _curves(measured(values, "gold_mean"), GOLD_PANELS) for step, values in report["ppo"].items()},
         "context_distillation": {
             step: plots.gain_scatter(values["pairs"]) if values["pairs"] else None
             for step, values in report["context_distillation"].items()
@@ -125,8 +137,28 @@ def _groups(report: JsonObject, prompt_set: str, key: str) -> str | None:
     return plots.before_and_after(pairs, before=before, after=after) if pairs else None
 
 
-def _curves(values: JsonObject) -> str | None:
-    panels = {title: values["curves"][name] for name, title in PPO_PANELS.items() if name in values["curves"]}
+def measured(values: JsonObject, name: str) -> JsonObject:
+    """The curves at the iterations alone that wrote the metric `name`."""
+    column = values["curves"].get(name, [])
+    places = [place for place, value in enumerate(column) if value is not None]
+    return {
+        "steps": [values["steps"][place] for place in places],
+        "curves": {other: [curve[place] for place in places] for other, curve in values["curves"].items() if places},
+    }
+
+
+def _probes(values: JsonObject) -> str | None:
+    rates: dict[str, list[tuple[int, float, float, float]]] = {}
+    for name, title in PROBE_PANELS.items():
+        own = measured(values, f"probe_{name}_rate")
+        if own["steps"]:
+            columns = [own["curves"][f"probe_{name}_{part}"] for part in ("rate", "low", "high")]
+            rates[title] = list(zip(own["steps"], *columns, strict=True))
+    return plots.probe_rates(rates) if rates else None
+
+
+def _curves(values: JsonObject, titles: Mapping[str, str]) -> str | None:
+    panels = {title: values["curves"][name] for name, title in titles.items() if name in values["curves"]}
     return plots.curves(values["steps"], panels) if panels else None
 
 

@@ -134,6 +134,10 @@ def cautions(report: JsonObject) -> list[str]:
             f"The folder of {name} was made anew after it was evaluated; run the evaluation again."
             for name in report["stale"]
         ),
+        *(
+            f"{name} labelled training data by a scorer whose agreement with people is not known, or not enough."
+            for name in report["unmeasured"]
+        ),
     ]
 
 

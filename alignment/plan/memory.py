@@ -298,21 +298,27 @@ class Pass:
 def learning(passes: Sequence[Pass], *, checkpointing: bool) -> tuple[int, int]:
     """Activations and logits at the peak of forward passes, one after another, and one backward pass through all.
 
-    The peak is where a head is at work, or in the first layer that the backward pass comes to.
+    The peak is where a head is at work, or in the first layer of a pass that the backward pass comes to.
     """
-    trunks = ends = heads = casts = 0
-    cast: set[str] = set()
+    kept = [kept_activations(one.model, one.texts, checkpointing=checkpointing) for one in passes]
+    ends = [head_input(one.model, one.texts) for one in passes]
+    casts = sum({one.model.name: one.model.cast_bytes for one in passes}.values())
+    per_layer = casts // passes[0].model.shape.num_layers if checkpointing else casts
     peaks: list[tuple[int, int]] = []
-    for one in passes:
-        trunks += kept_activations(one.model, one.texts, checkpointing=checkpointing)
-        ends += head_input(one.model, one.texts)
-        casts += 0 if one.model.name in cast else one.model.cast_bytes
-        cast.add(one.model.name)
-        peaks.append((trunks + ends + casts, heads + one.head.peak))
-        heads += one.head.kept
-    in_layer = max(backward_workspace(one.model, one.texts, checkpointing=checkpointing) for one in passes)
-    in_layer += casts // passes[0].model.shape.num_layers if checkpointing else casts
-    return max(*peaks, (trunks + in_layer, heads - passes[-1].head.kept), key=sum)
+    for number, one in enumerate(passes):
+        heads = sum(earlier.head.kept for earlier in passes[:number])
+        peaks.append((sum(kept[: number + 1]) + sum(ends[: number + 1]) + casts, heads + one.head.peak))
+        in_layer = backward_workspace(one.model, one.texts, checkpointing=checkpointing) + per_layer
+        in_layer += _waiting_gradients(passes, number)
+        peaks.append((sum(kept[: number + 1]) + sum(ends[:number]) + in_layer, heads))
+    return max(peaks, key=sum)
+
+
+def _waiting_gradients(passes: Sequence[Pass], number: int) -> int:
+    """Gradients that autograd holds back, since the same weights have to come up in this pass again."""
+    names = {one.model.name for one in passes[: number + 1]}
+    waiting = {one.model.name: one.model.trainable_bytes for one in passes[number + 1 :] if one.model.name in names}
+    return sum(waiting.values())
 
 
 def reading(passes: Sequence[Pass]) -> tuple[int, int]:

@@ -5,7 +5,8 @@
 TRL works in an environment of its own, made in `--peer-env` when it is not there, with the versions of
 `constraints.txt` for everything but TRL. All arms are loaded at once and take turns iteration by iteration; while one
 works the others are stopped. They have the same model, reward model, prompts in the same batches, and settings; full
-tuning. Nothing is asserted about time: the ratio of TRL's seconds to ours is what counts.
+tuning. Nothing is asserted about time: the ratio of TRL's seconds to ours is what counts. Scores of answers that were
+cut off are not read at the same place (ours behind the end of turn, TRL's at the last token), so compare how they rise.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,7 @@ def peer_python(folder: Path) -> Path:
 
 
 @contextmanager
-def started(jobs: dict[str, Path], peer: Path, folder: Path) -> Iterator[list[Worker]]:
+def started(jobs: dict[str, Path], peer: Path, folder: Path) -> Generator[list[Worker]]:
     """A loaded and stopped worker per arm; all are ended at the end."""
     workers: list[Worker] = []
     try:

@@ -37,7 +37,7 @@ def phase_seconds(stage: Stage) -> dict[str, float]:
 
 
 def kill(stages: list[Stage], phase: str, *, times: int, delay: float) -> bool:
-    """Kill all ranks so long after the n-th beginning of a phase; False when the run was over before."""
+    """Kill all ranks so long after the n-th beginning of a phase; False when one had ended before."""
     stages[-1].wait_for(phase, times=times)
     time.sleep(delay)
     for stage in stages:
@@ -66,8 +66,8 @@ def main() -> None:
         while done < options.kills:
             phase = PHASES[done % len(PHASES)]
             times, delay = random.randint(1, ITERATIONS - (phase == "save")), random.uniform(0, seconds[phase])
-            if not kill(start(output), phase, times=times, delay=delay):
-                shutil.rmtree(output)
+            if not kill(start(output), phase, times=times, delay=delay) or (output / "manifest.json").exists():
+                shutil.rmtree(output)  # the run was over
                 continue
             again = start(output)
             equal = not any(end_all(again)) and sha256(output / WEIGHTS) == sha256(whole / WEIGHTS)

@@ -1,7 +1,8 @@
-"""Our side of the PPO benchmark: the stage as it is, its iterations one at a time. Started by `tests.benchmarks.ppo`."""
+"""Our side of the PPO benchmark: the stage as it is, one iteration at a time. Started by `tests.benchmarks.ppo`."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from alignment import rollout
@@ -13,6 +14,7 @@ from tests.benchmarks.ppo_turns import Turns, read_job
 
 def main() -> None:
     job, turns = read_job(), Turns()
+    importlib.import_module("trl.models.utils")  # the rollout does so late; the first iteration is not to pay for it
     turns.timed(rollout, "sample_answers", "sampling")
     turns.timed(rollout, "evaluate_tokens", "log-probabilities")
     turns.timed(RewardModel, "score", "scoring")

@@ -45,7 +45,7 @@ class OneAtATime(TrainerCallback):
 
 
 def main() -> None:
-    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # pyright: ignore[reportMissingImports]
 
     job, turns = read_job(), Turns()
     dtype = getattr(torch, job["dtype"])

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class Turns:
         setattr(owner, name, wrapper)
 
     @contextlib.contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
+    def _phase(self, name: str) -> Generator[None]:
         started = _now()
         yield
         self._phases[name] = self._phases.get(name, 0.0) + _now() - started

@@ -1,0 +1,123 @@
+"""One update of PPO on a rollout that stands still: every layout has the same losses and the same gradient.
+
+The rollout is made of random ids and numbers, so that ranks have texts of other lengths and parts of the clipped
+objectives are clipped.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from alignment.rollout import Rollout
+from reward.conversation import Prompt
+from tests.interrupted import LAYOUTS, deepspeed_environment
+from tests.ranks import on_ranks
+from tests.tiny import make_reward_model
+from tests.tiny_ppo import PAD, logprobs_alone, ppo_recipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ROWS = 8
+LONGEST = 6
+ENVIRONMENTS = LAYOUTS | {"zero0": deepspeed_environment("0"), "zero1": deepspeed_environment("1")}
+
+
+@pytest.fixture(scope="module")
+def value_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    return make_reward_model(tiny_model, tmp_path_factory.mktemp("value") / "model", seed=3)
+
+
+def frozen_rollout(policy: Path, rows: range) -> tuple[Rollout, dict[str, torch.Tensor]]:
+    """These rows of the rollout, with advantages and returns."""
+    from alignment.distributed import whole_weights
+    from alignment.policy import load_model
+    from alignment.recipe import ModelInit
+
+    with whole_weights():
+        model = load_model(str(policy), init=ModelInit(), pad_token_id=PAD).eval()
+    draw = torch.Generator().manual_seed(5)
+    noise = {
+        name: 0.3 * torch.randn(ROWS, LONGEST, generator=draw)
+        for name in ("logprobs", "values", "advantages", "returns")
+    }
+    prompts = [torch.randint(4, 500, (3 + 5 * (row % 3),), generator=draw).tolist() for row in range(ROWS)]
+    answers = [torch.randint(4, 500, (1 + row % LONGEST,), generator=draw).tolist() for row in range(ROWS)]
+    mask = torch.zeros(ROWS, LONGEST, dtype=torch.bool)
+    logprobs = torch.zeros(ROWS, LONGEST)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        mask[row, : len(answer)] = True
+        logprobs[row, : len(answer)] = logprobs_alone(model, prompt, answer, temperature=1.0)
+    numbers = {name: (value * mask)[rows.start : rows.stop] for name, value in noise.items()}
+    mask, logprobs = mask[rows.start : rows.stop], logprobs[rows.start : rows.stop]
+    old = logprobs + numbers["logprobs"]
+    rollout = Rollout(
+        conversations=[Prompt.of("a question").answer(f"answer {row}") for row in rows],
+        prompt_ids=prompts[rows.start : rows.stop],
+        completion_ids=answers[rows.start : rows.stop],
+        finished=torch.ones(len(rows), dtype=torch.bool),
+        completion_mask=mask,
+        sampled_logprobs=old,
+        logprobs=old,
+        ref_logprobs=old,
+        entropies=torch.zeros_like(old),
+        values=numbers["values"],
+    )
+    return rollout, {"mask": mask, "advantages": numbers["advantages"], "returns": numbers["returns"]}
+
+
+def one_update(policy: Path, value_model: Path, per_device: int) -> dict[str, float]:
+    """On one rank: the metrics of one optimizer step, `per_device` rows a pass."""
+    from alignment.actor_critic import load_actor_critic
+    from alignment.distributed import close, make_accelerator, process_index, world_size
+    from alignment.ppo_state import configure_engine, make_optimizer
+    from alignment.ppo_update import Learner, Targets, accumulation_steps, update
+
+    batch = {"batch_size": ROWS, "mini_batch_size": ROWS, "per_device_batch_size": per_device}
+    recipe = ppo_recipe(policy, value_model=str(value_model), **batch)
+    accelerator = make_accelerator(gradient_accumulation_steps=accumulation_steps(recipe))
+    actor_critic = load_actor_critic(recipe, pad_token_id=PAD)
+    configure_engine(accelerator, recipe)
+    engine, optimizer = accelerator.prepare(actor_critic, make_optimizer(actor_critic, recipe))
+    share = ROWS // world_size()
+    rollout, targets = frozen_rollout(policy, range(process_index() * share, (process_index() + 1) * share))
+    learner = Learner(recipe, accelerator, engine, optimizer, pad_token_id=PAD, mix=None)
+    metrics = update(learner, rollout, Targets(**targets, kl_coef=0.0), iteration=0)
+    close(accelerator, engine)
+    return metrics
+
+
+@pytest.fixture(scope="module")
+def padded(tiny_model: Path, value_model: Path) -> dict[str, float]:
+    """One process, all rows in one padded pass."""
+    (metrics,) = on_ranks(one_update, tiny_model, value_model, ROWS, environment=ENVIRONMENTS["ddp"], count=1)
+    assert metrics["grad_norm"] > 0.1
+    assert 0 < metrics["clip_fraction"] < 1
+    return metrics
+
+
+def assert_equal(found: Any, expected: dict[str, float]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value == pytest.approx(expected[name], abs=0 if name == "grad_norm" else 1e-5, rel=1e-4), name
+
+
+@pytest.mark.parametrize("per_device", [1, 2])
+def test_unpadded_and_bucketed_passes_add_up_to_the_padded_one(
+    per_device: int, tiny_model: Path, value_model: Path, padded: dict[str, float]
+) -> None:
+    (metrics,) = on_ranks(one_update, tiny_model, value_model, per_device, environment=ENVIRONMENTS["ddp"], count=1)
+    assert_equal(metrics, padded)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "zero0", "zero1", "zero2", "zero3"])
+def test_two_processes_have_the_gradient_of_one(
+    layout: str, tiny_model: Path, value_model: Path, padded: dict[str, float]
+) -> None:
+    if layout == "zero0":  # DeepSpeed keeps no gradient norm at stage 0; this project's launch files have DDP for it
+        padded = padded | {"grad_norm": 0.0}
+    for metrics in on_ranks(one_update, tiny_model, value_model, 2, environment=ENVIRONMENTS[layout]):
+        assert_equal(metrics, padded)

@@ -1,0 +1,146 @@
+"""`alignment.ppo_update` on a tiny random Llama and frozen rollouts: batches change nothing, and what is padded costs
+nothing but time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+from alignment.actor_critic import ActorCritic, Batch, load_actor_critic, load_reference
+from alignment.generate import Generator
+from alignment.objectives import clipped_policy_loss, clipped_value_loss
+from alignment.ppo_state import make_optimizer
+from alignment.ppo_update import Learner, Targets, optimizer_step
+from alignment.rollout import Rollout, collect_rollout, forward
+from reward.conversation import Prompt
+from tests import tiny_ppo
+from tests.tiny_ppo import PAD, PROMPTS, logprobs_alone, ppo_recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from alignment.recipe import PpoRecipe
+    from reward.render import Renderer
+
+renderer = tiny_ppo.renderer  # a fixture
+
+LENGTHS = [(30, 2), (4, 12), (17, 1), (4, 3), (60, 9), (8, 7), (25, 12), (3, 1)]
+"""Tokens of prompt and completion of each row."""
+ROWS = range(len(LENGTHS))
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def learner_of(recipe: PpoRecipe) -> Learner:
+    from accelerate import Accelerator
+
+    ppo = recipe.ppo
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ppo.mini_batch_size // ppo.per_device_batch_size)
+    torch.manual_seed(0)
+    actor = load_actor_critic(recipe, pad_token_id=PAD)
+    if actor.value_model is None:
+        nn.init.normal_(actor.value_head.weight)
+    model, optimizer = accelerator.prepare(actor, make_optimizer(actor, recipe))
+    return Learner(recipe, accelerator, model, optimizer, PAD, None)
+
+
+def frozen_rollout(actor: ActorCritic) -> tuple[Rollout, Targets]:
+    """Random texts, and old log-probabilities, values and targets near enough to matter on both sides of the clip."""
+    random = torch.Generator().manual_seed(4)
+
+    def noise(scale: float) -> torch.Tensor:
+        return torch.randn(shape, generator=random) * scale * mask
+
+    prompts = [torch.randint(4, 500, (n,), generator=random).tolist() for n, _ in LENGTHS]
+    completions = [torch.randint(4, 500, (n,), generator=random).tolist() for _, n in LENGTHS]
+    shape = (len(LENGTHS), max(n for _, n in LENGTHS))
+    mask = torch.arange(shape[1]) < torch.tensor([n for _, n in LENGTHS]).unsqueeze(1)
+    logprobs = torch.zeros(shape)
+    for row in ROWS:
+        alone = logprobs_alone(actor.policy, prompts[row], completions[row], temperature=1.0)
+        logprobs[row, : len(alone)] = alone
+    conversations = [Prompt.of(f"question {row}").answer("x") for row in ROWS]
+    finished = torch.ones(len(LENGTHS), dtype=torch.bool)
+    old = logprobs + noise(0.2)
+    rollout = Rollout(
+        conversations, prompts, completions, finished, mask, old, old, old + noise(0.1), noise(0.0), noise(0.1)
+    )
+    return rollout, Targets(mask, noise(1.0), noise(1.0), kl_coef=0.0)
+
+
+def mini_batch_recipe(tiny_model: Path, size: int, **ppo: Any) -> PpoRecipe:
+    return ppo_recipe(tiny_model, batch_size=8, mini_batch_size=8, per_device_batch_size=size, **ppo)
+
+
+@pytest.mark.parametrize("trunk", ["shared", "separate"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_batches_by_length_give_the_loss_and_the_gradient_of_one_padded_batch(
+    tiny_model: Path, trunk: str, size: int
+) -> None:
+    """Expected values: the plain formula over all rows in one batch, by autograd."""
+    learner = learner_of(mini_batch_recipe(tiny_model, size, value_trunk=trunk))
+    rollout, targets = frozen_rollout(learner.model)
+    batches = rollout.micro_batches(ROWS, size=size)
+    assert sorted(row for batch in batches for row in batch) == list(ROWS)
+    padded = Batch.of(rollout.prompt_ids, rollout.completion_ids, pad_token_id=PAD)
+    output = forward(learner.model, padded)
+    assert output.values is not None
+    policy, clipped = clipped_policy_loss(output.logprobs, rollout.logprobs, targets.advantages, clip_range=0.2)
+    value = clipped_value_loss(output.values, rollout.values, targets.returns, clip_range=0.2)
+    policy_loss, value_loss = policy[targets.mask].mean(), value[targets.mask].mean()
+    (policy_loss + 0.1 * value_loss).backward()
+    norm = torch.stack([p.grad.norm() for p in learner.model.parameters() if p.grad is not None]).norm()
+    learner.optimizer.zero_grad()
+    found = optimizer_step(learner, rollout, targets, ROWS, iteration=0)
+    assert found["policy_loss"] == pytest.approx(policy_loss.item(), abs=1e-5)
+    assert found["value_loss"] == pytest.approx(value_loss.item(), abs=1e-5)
+    assert found["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert found["clip_fraction"] == pytest.approx(clipped[targets.mask].float().mean().item(), abs=1e-6)
+    assert 0.05 < found["clip_fraction"] < 0.5
+
+
+def test_little_is_padded(tiny_model: Path) -> None:
+    rollout, _ = frozen_rollout(load_actor_critic(ppo_recipe(tiny_model), pad_token_id=PAD))
+
+    def computed(batches: list[list[int]]) -> int:
+        shapes = [rollout.rows(batch, pad_token_id=PAD, device="cpu").input_ids.shape for batch in batches]
+        return sum(rows * length for rows, length in shapes)
+
+    in_order = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert computed(in_order) == 2 * (42 + 20 + 69 + 37)
+    assert computed(rollout.micro_batches(ROWS, size=2)) == 2 * (7 + 20 + 32 + 72)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_first_ratios_are_exactly_one(tiny_model: Path, renderer: Renderer, size: int) -> None:
+    recipe = ppo_recipe(tiny_model, value_trunk="shared", per_device_batch_size=size)
+    learner = learner_of(recipe)
+    generator = Generator(learner.model.policy, renderer, recipe.sampling)
+    rollout = collect_rollout(
+        learner.model,
+        load_reference(recipe, pad_token_id=PAD),
+        generator,
+        ([PROMPTS[row % len(PROMPTS)] for row in range(8)], list(range(8))),
+        recipe=recipe,
+        iteration=0,
+        accelerator=learner.accelerator,
+    )
+    assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
+    mask = rollout.completion_mask
+    targets = Targets(mask, mask.float(), mask.float(), kl_coef=0.0)
+    learner.model.train()
+    found = optimizer_step(learner, rollout, targets, range(4), iteration=0)
+    assert (found["approx_kl"], found["clip_fraction"]) == (0.0, 0.0)
+    again = optimizer_step(learner, rollout, targets, range(4), iteration=0)
+    assert again["approx_kl"] > 0

@@ -197,6 +197,12 @@ def gathered(parameters: Iterable[Any]) -> Generator[None]:
         yield
 
 
+def share(n: int, *, process: int, processes: int) -> list[int]:
+    """This process's positions of n: every one is somebody's, and all have as many, if need be the last one twice."""
+    own = list(range(process, n, processes))
+    return own if len(own) == -(-n // processes) else [*own, n - 1]
+
+
 def from_all(value: T) -> list[T]:
     """The value of every process, by rank; all of them call it together."""
     import torch.distributed as dist

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from alignment.distributed import process_index, world_size
+from alignment.distributed import from_all, process_index, share, world_size
 from alignment.generate import Generator
 from reward.conversation import Prompt
-from reward.scorer import Scorer, ScorerError, score_all
+from reward.metrics import Mean
+from reward.scorer import Score, Scorer, ScorerError, score_all
 
 
 @dataclass(frozen=True)
@@ -26,16 +25,17 @@ class HeldOut:
         """Of the answers that were scored, one a prompt, over all processes. ScorerError when none was."""
         from trl.models.utils import unwrap_model_for_generation
 
-        own = self.prompts[process_index() :: world_size()]
+        own = share(len(self.prompts), process=process_index(), processes=world_size())
         engine.eval()
+        # Under ZeRO-3 this gathers the weights once; the processes then step together, so their shares are equal.
         with unwrap_model_for_generation(engine, accelerator), accelerator.autocast():
-            answers = self.generator.answer(own, seed=seed)
-        asked = zip(own, answers, strict=True)
-        scores = score_all(self.scorer, [prompt.answer(answer.text) for prompt, answer in asked])
-        known = [score.value for score in scores if score.value is not None]
-        sums = torch.tensor([sum(known), len(known)], dtype=torch.float64).to(accelerator.device)
-        total, scored = accelerator.reduce(sums, reduction="sum").tolist()
-        if not scored:
-            reason = next((score.reason for score in scores), "no answers on this process")
-            raise ScorerError(f"{self.scorer.name} scored none of the held-out answers: {reason}")
-        return total / scored
+            answers = self.generator.answer([self.prompts[position] for position in own], seed=seed)
+        asked = [self.prompts[position].answer(answer.text) for position, answer in zip(own, answers, strict=True)]
+        found: dict[int, Score] = {}
+        for part in from_all(dict(zip(own, score_all(self.scorer, asked), strict=True))):
+            found |= part
+        known = [found[position].value for position in range(len(self.prompts))]
+        mean = Mean.of(known).value
+        if mean is None:
+            raise ScorerError(f"{self.scorer.name} scored none of the held-out answers: {found[0].reason}")
+        return mean

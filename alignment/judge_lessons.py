@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from alignment.labelling import Label
 from alignment.recipe_label import Policy
 from reward.conversation import Conversation, Prompt
-from reward.judge import answer_room
-from reward.judge_prompt import Constitution, Mode, fit_prompt
+from reward.judge import SHORTEST, answer_room, check_room
+from reward.judge_prompt import Constitution, Mode, fit_prompt, judge_prompt
 from reward.render import Renderer
 from reward.verdict import parse_verdict, write_verdict
 
@@ -48,11 +48,23 @@ def explanation(safe: bool, labels: Sequence[Label]) -> str:
 
 @dataclass(frozen=True)
 class Teacher:
-    """Makes lessons for the judge that will be asked with these guidelines, within `max_length` tokens of its own."""
+    """Makes lessons for the judge that will be asked with these guidelines, within `max_length` tokens of its own.
+
+    ScorerError when guidelines and question do not fit.
+    """
 
     constitution: Constitution
     renderer: Renderer
     max_length: int
+    modes: Sequence[Mode] = ("score", "explain")
+
+    def __post_init__(self) -> None:
+        for mode in self.modes:
+            prompt, room = judge_prompt(self.constitution, SHORTEST, mode=mode), self.max_length - answer_room(mode)
+            check_room(prompt, self._num_tokens, max_length=self.max_length, room=room)
+
+    def _num_tokens(self, prompt: Prompt) -> int:
+        return len(self.renderer.render_prompt(prompt))
 
     def lesson(
         self, answered: Conversation, *, safe: bool, rationale: str, mode: Mode
@@ -67,8 +79,8 @@ class Teacher:
         room = self.max_length - answer_room(mode)
 
         def fits(prompt: Prompt) -> bool:
-            asked = len(self.renderer.render_prompt(prompt))
-            return asked <= room and len(self.renderer.render_ids(prompt.answer(written))) <= self.max_length
+            whole = len(self.renderer.render_ids(prompt.answer(written)))
+            return self._num_tokens(prompt) <= room and whole <= self.max_length
 
         prompt, cut = fit_prompt(self.constitution, answered, fits, mode=mode)
         return (None if prompt is None else replace(prompt.answer(written), tags=answered.tags)), cut

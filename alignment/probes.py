@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.distributed import from_all, process_index, world_size
+from alignment.distributed import from_all, process_index, share, world_size
 from alignment.generate import Generator, fitting_prompts
 from alignment.recipe import PpoRecipe, Sampling
 from alignment.scoring import build_scorer
@@ -106,12 +106,6 @@ class Probes:
         words = {True: "violation" if adversarial else "refused", False: "safe" if adversarial else "answered"}
         verdict = "not scored" if bad is None else words[bad]
         return ["adversarial" if adversarial else "borderline", prompt.id, prompt.text, text, verdict]
-
-
-def share(n: int, *, process: int, processes: int) -> list[int]:
-    """This process's positions of n: every one is somebody's, and all have as many, if need be the last one twice."""
-    own = list(range(process, n, processes))
-    return own if len(own) == -(-n // processes) else [*own, n - 1]
 
 
 def gold_metrics(gold: Scorer, conversations: Sequence[Conversation], scores: Sequence[Score]) -> dict[str, float]:

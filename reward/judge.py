@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,6 +30,20 @@ MAX_NEW_TOKENS = 256
 def answer_room(mode: Mode, max_new_tokens: int = MAX_NEW_TOKENS) -> int:
     """Tokens of a judge's `max_length` that its prompt leaves to the answer."""
     return max_new_tokens if mode == "explain" else _VERDICT_LINE_TOKENS
+
+
+SHORTEST = Conversation((Message("user", "?"), Message("assistant", "")))
+"""A conversation that needs no more room than any other."""
+
+
+def check_room(prompt: Prompt, num_tokens: Callable[[Prompt], int], *, max_length: int, room: int) -> None:
+    """ScorerError when a judge's prompt on `SHORTEST` takes more than `room` tokens: then no conversation ever fits."""
+    needed = num_tokens(prompt)
+    if needed > room:
+        raise ScorerError(
+            f"the judge's guidelines and question take {needed} tokens, but max_length={max_length} leaves {room} "
+            "beside the answer; raise max_length or shorten the guidelines"
+        )
 
 
 @runtime_checkable
@@ -69,13 +83,7 @@ class JudgeScorer:
     counts: Counter[str] = field(default_factory=Counter[str], init=False)
 
     def __post_init__(self) -> None:
-        shortest = Conversation((Message("user", "?"), Message("assistant", "")))
-        needed = self.backend.num_tokens(self._prompt(shortest))
-        if needed > self._room:
-            raise ScorerError(
-                f"the judge's guidelines and question take {needed} tokens, but max_length={self.max_length} leaves "
-                f"{self._room} beside the answer; raise max_length or shorten the guidelines"
-            )
+        check_room(self._prompt(SHORTEST), self.backend.num_tokens, max_length=self.max_length, room=self._room)
         if self.calibration is not None:
             self._check_calibration(self.calibration)
 

@@ -13,14 +13,23 @@ def always_the_same(conversation: Conversation) -> float:
     return 0.5 if conversation.messages else 0.0
 
 
-def count_hashes(conversation: Conversation) -> float:
-    """`#` is one token to the tiny tokenizer, alone: no merge holds it."""
-    return float(conversation.completion.count("#"))
+def count_sixes(conversation: Conversation) -> float:
+    """`6` is one token to the tiny tokenizer, alone: no merge holds it."""
+    return float(conversation.completion.count("6"))
+
+
+def first_word(conversation: Conversation) -> float | None:
+    """P(safe) is what the answer begins with, if that is a number."""
+    return _number(conversation.completion.split()[0])
 
 
 def last_word(conversation: Conversation) -> float | None:
     """P(safe) is what the answer ends with, if that is a number."""
+    return _number(conversation.completion.split()[-1])
+
+
+def _number(word: str) -> float | None:
     try:
-        return float(conversation.completion.split()[-1])
+        return float(word)
     except ValueError:
         return None

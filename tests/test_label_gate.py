@@ -1,4 +1,4 @@
-"""Nothing labels training data before people were asked whether it agrees with them: the gate of `label`, `judge_data`."""
+"""Nothing labels training data before it is known to agree with people: the gate of `label` and `judge_data`."""
 
 from __future__ import annotations
 
@@ -185,8 +185,9 @@ def test_a_label_recipe_runs_once_its_scorer_was_measured(folder: Path, capsys: 
     assert label(folder, "--dry-run") == 0
     assert f"# to be made first: {folder / 'agreement'} (agreement)" in capsys.readouterr().out
     assert label(folder) == 2
-    assert "agreement.json cannot be read" in capsys.readouterr().err
+    assert "agreement cannot be read" in capsys.readouterr().err
     measure(folder)
+    capsys.readouterr()
     assert label(folder, "--min_balanced_accuracy", "0.99") == 2
     printed = capsys.readouterr().err
     assert "the balanced accuracy of python-tests.scorers-last_word is 95.0%" in printed
@@ -212,7 +213,7 @@ def test_a_report_that_a_step_before_makes_is_waited_for(folder: Path) -> None:
     values = yaml.safe_load((folder / "label.yaml").read_text(encoding="utf-8"))
     recipe = validate(LabelRecipe, yaml.safe_load(yaml.safe_dump(values).replace("${run_dir}", str(folder))), where="t")
     check_inputs(recipe, planned={str(folder / "agreement"): "agreement"})
-    with pytest.raises(InputError, match="scorer: .*cannot be read"):
+    with pytest.raises(InputError, match="agreement cannot be read"):
         check_inputs(recipe)
     source = {"name": "file", "path": str(folder / "people.jsonl"), "split": "all"}
     report = {"stage": "judge_agreement", "run_dir": str(folder), "output_dir": "${run_dir}/agreement", "name": "mine"}

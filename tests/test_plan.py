@@ -155,9 +155,12 @@ def test_the_models_of_ppo_are_those_that_it_loads(tiny_model: Path, trunk: str,
         ("recipes/llama2-13b/safety_reward_model.yaml", 8, 80),
         ("recipes/llama2-13b/helpfulness_reward_model.yaml", 8, 80),
         ("recipes/llama2-13b/label.yaml", 8, 80),
-        ("recipes/llama2-13b/ppo.yaml", 16, 80),
+        ("recipes/llama2-13b/ppo.yaml", 8, 80),
         ("recipes/llama2-13b/ppo_lora.yaml", 8, 80),
+        ("recipes/llama2-70b/label.yaml", 8, 80),
         ("recipes/llama2-70b/sft.yaml", 32, 80),
+        ("recipes/llama2-70b/safety_reward_model.yaml", 32, 80),
+        ("recipes/llama2-70b/helpfulness_reward_model.yaml", 32, 80),
         ("recipes/llama2-70b/ppo.yaml", 32, 192),
         ("recipes/llama2-70b/ppo_lora.yaml", 8, 80),
     ],
@@ -182,7 +185,9 @@ def test_ppo_of_7b_by_hand() -> None:
 def test_the_plan_of_70b(capsys: pytest.CaptureFixture[str]) -> None:
     made = planned(capsys, B70, "--gpus", "32", "--gpu-memory", "80")
     assert (made["gpus"], made["nodes"], made["zero_stage"]) == (32, 4, 3)
-    policy, reference = made["roles"]
+    policy, reference, *reward_models = made["roles"]
+    parts = [2 * (68_976_648_192 - 32_000 * 8192 + 8192) // 32] * 2
+    assert [role["weights"] for role in reward_models] == parts
     assert policy["parameters"] == 68_976_648_192 + 8192  # with the value head
     assert policy["weights"] + policy["gradients"] + policy["optimizer"] == pytest.approx(
         16 * policy["parameters"] / 32
@@ -317,7 +322,7 @@ def test_time_follows_the_machine() -> None:
 def test_the_tables_are_readable(capsys: pytest.CaptureFixture[str]) -> None:
     assert sara(["plan", B70, "--gpus", "32", "--gpu-memory", "80"]) == 0
     printed = capsys.readouterr().out
-    for text in ("32 GPUs on 4 nodes, ZeRO-3", "reference", "172.5", "Does not fit", "Fits with lora on", "40% of 312"):
+    for text in ("32 GPUs on 4 nodes, ZeRO-3", "reference", "180.5", "Does not fit", "Fits with lora on", "40% of 312"):
         assert text in printed
     assert sara(["plan", "recipes/llama2-7b/ppo.yaml", "--gpu-memory", "80", "--seed", "7"]) == 0
     assert "Fits: 71.4 GB of 80.0 at the peak." in capsys.readouterr().out

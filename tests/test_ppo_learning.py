@@ -55,7 +55,7 @@ def history(model: Path, folder: Path, **settings: Any) -> list[dict[str, float]
         model,
         output_dir=str(folder / "ppo"),
         prompts=Data(sources=[Source(name="file", path=str(prompts))]),
-        scorer=PythonScorer(function="tests.scorers:count_hashes"),
+        scorer=PythonScorer(function="tests.scorers:count_sixes"),
         sampling=Sampling(max_new_tokens=LENGTH, batch_size=64),
         **FAST | settings,
     )
@@ -69,7 +69,7 @@ def distance(tiny_model: Path) -> float:
     """Nats from the start to the best answer, mean over the prompts: -log pi_0(best answer)."""
     tokenizer = load_tokenizer(str(tiny_model))
     model = load_model(str(tiny_model), init=ModelInit(), pad_token_id=PAD).eval()
-    best = LENGTH * tokenizer.encode("#", add_special_tokens=False)
+    best = LENGTH * tokenizer.encode("6", add_special_tokens=False)
     assert len(best) == LENGTH
     renderer = Renderer(tokenizer)
     logprobs = [logprobs_alone(model, renderer.render_prompt(prompt), best, temperature=1.0) for prompt in PROMPTS]

@@ -15,9 +15,10 @@ from alignment import probes as probes_module
 from alignment.__main__ import main
 from alignment.actor_critic import ActorCritic, Batch
 from alignment.artifact import sha256, write_artifact
+from alignment.distributed import share
 from alignment.generate import Generator
 from alignment.health import EXIT_UNHEALTHY
-from alignment.probes import Probes, gold_metrics, share
+from alignment.probes import Probes, gold_metrics
 from alignment.recipe import Sampling
 from alignment.stages import ppo
 from reward.conversation import Conversation, Prompt

@@ -95,9 +95,21 @@ class Setup:
         )
 
     def frozen(
-        self, name: str, model: str, *, init: ModelInit, head: Head = "causal_lm", numerics: Numerics | None = None
+        self,
+        name: str,
+        model: str,
+        *,
+        init: ModelInit,
+        head: Head = "causal_lm",
+        numerics: Numerics | None = None,
+        sharded: bool = False,
     ) -> Loaded:
-        """A model that is only read, whole on each process; in the dtype of `init` unless `numerics` says otherwise."""
+        """A model that is only read; in the dtype of `init` unless `numerics` says otherwise.
+
+        InputError when it is to be sharded and nothing shares it out.
+        """
+        if sharded and self.layout.zero_stage != 3:
+            raise InputError(f"{name} is sharded, which needs ZeRO-3; launch with launch/zero3.yaml or the like")
         alone = dataclasses.replace(self.layout, deepspeed=False, bf16=False)
         return Loaded(
             name,
@@ -106,6 +118,7 @@ class Setup:
             numerics or Numerics.of(init, alone),
             quantization=init.quantization,
             attention=init.attn_implementation or "sdpa",
+            sharded=sharded,
         )
 
 
@@ -128,7 +141,7 @@ def loads_model(section: Any) -> bool:
 
 
 def scorers_of(setup: Setup, spec: ScorerSpec, key: str = "scorer") -> Iterator[LoadedScorer]:
-    """The models that a scorer section loads, whole, on each process."""
+    """The models that a scorer section loads on each process."""
     for name, section in sections_of(spec, key):
         if not loads_model(section):
             continue
@@ -137,7 +150,8 @@ def scorers_of(setup: Setup, spec: ScorerSpec, key: str = "scorer") -> Iterator[
         chat = isinstance(section, JudgeScorer | GuardScorer)
         model = scorer.path if isinstance(section, RewardModelScorer) else scorer.model
         head = "causal_lm" if chat else "sequence_classification"
-        loaded = setup.frozen(name, model, init=init, head=head)
+        sharded = isinstance(section, RewardModelScorer) and section.sharded
+        loaded = setup.frozen(name, model, init=init, head=head, sharded=sharded)
         yield LoadedScorer(loaded, scorer.batch_size, scorer.max_length, whole_length=chat)
 
 

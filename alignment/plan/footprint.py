@@ -155,14 +155,9 @@ def _trained(setup: Setup, model: Loaded, texts: Texts, head: Head, *, checkpoin
 
 def _ppo(models: PpoModels) -> Footprint:
     recipe, layout, engine = models.recipe, models.layout, models.engine
-    roles = _roles(engine, layout)
-    shared = 0
-    if models.reference is not None:
-        whole = models.reference.weight_bytes
-        shared = live_weights([models.reference], layout) if models.shards_reference else 0
-        roles.append(Role(models.reference, States(whole // layout.gpus if models.shards_reference else whole, 0, 0)))
+    reference = [] if models.reference is None else [models.reference]
     scorers = [*models.scorers, *models.watchers]
-    roles += _whole([scorer.model for scorer in scorers])
+    roles = [*_roles(engine, layout), *_read_only([*reference, *(scorer.model for scorer in scorers)], layout)]
     own = buckets(engine, layout)
     held = _held(roles, layout) + own
     rollout = models.texts(recipe.sampling.batch_size)
@@ -172,11 +167,13 @@ def _ppo(models: PpoModels) -> Footprint:
         "activations": drawing(models.policy, Texts(rollout.rows, models.prompt_tokens)),
     }
     activations, logits = reading(models.passes(learning=False))
-    gathered = live_weights(engine, layout) + shared
+    gathered = live_weights(engine, layout) + _live_if_sharded(reference, layout)
     evaluation = {"gathered weights": gathered, "activations": activations, "logits": logits}
     phases = [Phase("sampling", held, sampling), Phase("log-probabilities", held, evaluation)]
     if scorers:
-        phases.append(Phase("scoring", held, {"activations": _scoring(scorers, models.texts(models.rows))}))
+        live = max(_live_if_sharded([scorer.model], layout) for scorer in scorers)
+        activations = _scoring(scorers, models.texts(models.rows))
+        phases.append(Phase("scoring", held, {"gathered weights": live, "activations": activations}))
     checkpointing = recipe.ppo.gradient_checkpointing
     phases += _learning_phases(models.passes(learning=True), engine, layout, held=held, checkpointing=checkpointing)
     return Footprint(roles, phases, own, _host(roles, layout))
@@ -190,7 +187,7 @@ def _sampling(
 ) -> Footprint:
     policy = setup.frozen("policy", recipe.model, init=recipe.model_init)
     scorers = [] if scorer is None else list(scorers_of(setup, scorer))
-    roles = _whole([policy, *(scorer.model for scorer in scorers)])
+    roles = _read_only([policy, *(scorer.model for scorer in scorers)], setup.layout)
     held = _held(roles, setup.layout)
     prompt = recipe.sampling.max_prompt_tokens  # of context distillation: with its preprompt
     if not isinstance(recipe, ContextDistillationRecipe):
@@ -223,7 +220,7 @@ def _evaluate(setup: Setup, recipe: EvaluateRecipe) -> Footprint:
         if loaded:
             phases.append(Phase(f"scoring by {name}", held, {"activations": _scoring(loaded, answered)}))
         scorers += loaded
-    roles = _whole([policy, *(scorer.model for scorer in scorers)])
+    roles = _read_only([policy, *(scorer.model for scorer in scorers)], setup.layout)
     return Footprint(roles, phases, notes=["checkpoints and scorers are loaded one after another, not together"])
 
 
@@ -235,7 +232,7 @@ def _labelling(setup: Setup, recipe: LabelRecipe | JudgeDataRecipe | JudgeAgreem
     phases: list[Phase] = []
     for key, spec in specs.items():
         scorers = list(scorers_of(setup, spec, key))
-        own = _whole([scorer.model for scorer in scorers])
+        own = _read_only([scorer.model for scorer in scorers], setup.layout)
         if scorers:
             texts = Texts(max(scorer.batch_size for scorer in scorers), longest)
             parts = {"activations": _scoring(scorers, texts)}
@@ -252,8 +249,13 @@ def _roles(engine: Sequence[Loaded], layout: Layout) -> list[Role]:
     return [Role(model, states_of(model, layout)) for model in engine]
 
 
-def _whole(models: Sequence[Loaded]) -> list[Role]:
-    return [Role(model, States(model.weight_bytes, 0, 0)) for model in models]
+def _read_only(models: Sequence[Loaded], layout: Layout) -> list[Role]:
+    return [Role(model, States(model.weight_bytes // (layout.gpus if model.sharded else 1), 0, 0)) for model in models]
+
+
+def _live_if_sharded(models: Sequence[Loaded], layout: Layout) -> int:
+    """Weights of models that are only read, gathered while they work."""
+    return sum(live_weights([model], layout) for model in models if model.sharded)
 
 
 def _held(roles: Sequence[Role], layout: Layout) -> int:

@@ -13,7 +13,7 @@ from alignment.plan.catalog import Setup, loads_model
 from alignment.plan.footprint import footprint
 from alignment.recipe import HarmfulnessModelRecipe, PpoRecipe, RewardModelRecipe, SftRecipe
 from alignment.recipe_parts import Lora
-from alignment.recipe_scorers import HttpScorer
+from alignment.recipe_scorers import HttpScorer, RewardModelScorer
 
 _NOT_WORTH = 0.01
 """A change that saves a smaller share of the peak is left out."""
@@ -125,7 +125,7 @@ def _fewer_answers(setup: Setup) -> tuple[str, Setup] | None:
 
 
 def _map_scorers(value: Any, change: Callable[[BaseModel], BaseModel]) -> Any:
-    """A section with every scorer in it changed."""
+    """A section with every scorer in it that loads a model changed."""
     if loads_model(value):
         return change(value)
     if isinstance(value, BaseModel):
@@ -147,6 +147,21 @@ def _scorer_batch(setup: Setup) -> tuple[str, Setup] | None:
 
 def _scorer_dtype(setup: Setup) -> tuple[str, Setup] | None:
     return _scorers(setup, "dtype: bfloat16 in every scorer", {"dtype": "bfloat16"})
+
+
+def _sharing(sharded: bool) -> Callable[[BaseModel], BaseModel]:
+    """Reward models, which alone can be shared out, with that key."""
+    return lambda section: (
+        section.model_copy(update={"sharded": sharded}) if isinstance(section, RewardModelScorer) else section
+    )
+
+
+def _sharded_scorers(setup: Setup) -> tuple[str, Setup] | None:
+    if not isinstance(setup.recipe, PpoRecipe) or setup.layout.zero_stage != 3 or setup.layout.gpus == 1:
+        return None
+    recipe = _map_scorers(setup.recipe, _sharing(True))
+    change = "sharded: true in every reward model"
+    return None if recipe == setup.recipe else (change, dataclasses.replace(setup, recipe=recipe))
 
 
 def _scorer_elsewhere(setup: Setup) -> tuple[str, Setup] | None:
@@ -221,15 +236,17 @@ def _packed(setup: Setup) -> tuple[str, Setup] | None:
         return _with(setup, "model_init.quantization: nf4", **values)
     values |= _adapters(setup)
     change = f"lora on model_init.quantization: nf4, --launch {setup.layout.at_stage(0).launch}"
-    name, turned = _with(setup, change, **values)
-    return name, dataclasses.replace(turned, layout=setup.layout.at_stage(0))
+    _, turned = _with(setup, change, **values)
+    whole = _map_scorers(turned.recipe, _sharing(False))
+    return change, dataclasses.replace(turned, recipe=whole, layout=setup.layout.at_stage(0))
 
 
 def _all_turns() -> Iterator[Turn]:
     """First what changes no result, then what changes it least."""
     yield from (_checkpointing, _one_row, _fewer_answers, _scorer_batch)
     yield from (_to_stage(stage) for stage in (1, 2, 3))
-    yield from (_sharded_reference, _scorer_dtype, _scorer_elsewhere, _shared_trunk, _offload, _lora, _packed)
+    yield from (_scorer_dtype, _sharded_reference, _sharded_scorers, _scorer_elsewhere)
+    yield from (_shared_trunk, _offload, _lora, _packed)
 
 
 _TURNS = tuple(_all_turns())

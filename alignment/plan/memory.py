@@ -68,7 +68,10 @@ class Numerics:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model as one process holds it. `tuning`: what of it learns; `tuned_layers`: how many layers, from the top."""
+    """A model as one process holds it. `tuning`: what of it learns; `tuned_layers`: how many layers, from the top.
+
+    `sharded`: of a model that is only read, each process holds a part (ZeRO-3).
+    """
 
     name: str
     source: str
@@ -78,6 +81,7 @@ class Loaded:
     tuned_layers: int = 0
     quantization: Literal["int8", "nf4"] | None = None
     attention: str = "sdpa"
+    sharded: bool = False
 
     @property
     def trainable(self) -> int:

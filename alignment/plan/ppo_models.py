@@ -39,7 +39,13 @@ class PpoModels:
         else:
             policy = _with_value_head(policy)
         if recipe.lora is None:
-            reference = setup.frozen("reference", recipe.model, init=recipe.model_init, numerics=policy.numerics)
+            reference = setup.frozen(
+                "reference",
+                recipe.model,
+                init=recipe.model_init,
+                numerics=policy.numerics,
+                sharded=recipe.ppo.reference == "sharded",
+            )
         _check_batches(recipe, setup.layout)
         watchers = [] if recipe.gold_scorer is None else list(scorers_of(setup, recipe.gold_scorer, "gold_scorer"))
         if recipe.probes is not None:
@@ -50,10 +56,6 @@ class PpoModels:
     @property
     def engine(self) -> list[Loaded]:
         return [self.policy] if self.value is None else [self.policy, self.value]
-
-    @property
-    def shards_reference(self) -> bool:
-        return self.reference is not None and self.recipe.ppo.reference == "sharded"
 
     @property
     def rows(self) -> int:
@@ -125,5 +127,3 @@ def _check_batches(recipe: PpoRecipe, layout: Layout) -> None:
             f"ppo.mini_batch_size {recipe.ppo.mini_batch_size} must divide into {layout.gpus} processes x "
             f"per_device_batch_size {recipe.ppo.per_device_batch_size}"
         )
-    if recipe.ppo.reference == "sharded" and layout.zero_stage != 3:
-        raise InputError("ppo.reference: sharded needs ZeRO-3; launch with launch/zero3.yaml or the like")

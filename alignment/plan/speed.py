@@ -157,7 +157,7 @@ def _ppo(models: PpoModels, clock: Clock) -> dict[str, float]:
     drawn += clock.exchange(gathered_weights(engine, models.layout))
     micro, answers = models.micro_batch, own.rows * models.answer_tokens
     batches = own.rows // micro.rows
-    read = [*engine, *([models.reference] if models.reference is not None and models.shards_reference else [])]
+    read = [*engine, *([models.reference] if models.reference is not None and models.reference.sharded else [])]
     passes = [*engine, *([models.reference] if models.reference is not None else [models.policy])]
     evaluated = max(
         sum(clock.read(model, own, head_tokens=answers) for model in passes),
@@ -197,7 +197,11 @@ def _best_of(setup: Setup, recipe: RejectionSamplingRecipe, clock: Clock) -> dic
 
 def _scored(scorers: Sequence[LoadedScorer], answered: Texts, clock: Clock) -> float:
     """One after another, each over all answers of a process."""
-    return sum(
-        clock.read(scorer.model, dataclasses.replace(scorer_texts(scorer, answered), rows=answered.rows))
-        for scorer in scorers
-    )
+
+    def one(scorer: LoadedScorer) -> float:
+        batch = scorer_texts(scorer, answered)
+        gathered = -(-answered.rows // batch.rows) * scorer.model.weight_bytes if scorer.model.sharded else 0
+        work = clock.read(scorer.model, dataclasses.replace(batch, rows=answered.rows))
+        return max(work, clock.exchange(gathered))
+
+    return sum(map(one, scorers))

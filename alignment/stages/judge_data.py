@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,8 @@ def run(recipe: JudgeDataRecipe) -> Artifact | None:
     """Label, combine, and leave conversations whose last turn is a judge's evaluation."""
     allowed = gate(recipe)
     answers, data = gather(recipe)
-    teacher = Teacher(
-        Constitution.read(recipe.guidelines or GUIDELINES), Renderer(load_tokenizer(recipe.model)), recipe.max_length
-    )
+    constitution, renderer = Constitution.read(recipe.guidelines or GUIDELINES), Renderer(load_tokenizer(recipe.model))
+    teacher = Teacher(constitution, renderer, recipe.max_length, recipe.modes)
     accelerator = make_accelerator()
     workspace = open_workspace(recipe)
     labellers: dict[str, Mapping[str, Any]] = {}
@@ -63,7 +62,7 @@ def run(recipe: JudgeDataRecipe) -> Artifact | None:
         for answer, label in zip(answers, found.labels, strict=True):
             answer.labels[key] = label
     settle(answers, recipe)
-    teach(answers, teacher, recipe)
+    teach(answers, teacher)
     artifact = None
     with open_tracker(recipe, workspace.path, parents=workspace.inputs, is_main_process=is_main_process()) as tracker:
         if is_main_process():
@@ -161,19 +160,21 @@ def settle(answers: Sequence[Answer], recipe: JudgeDataRecipe) -> None:
                 answer.outcome = "left out for balance"
 
 
-def teach(answers: Iterable[Answer], teacher: Teacher, recipe: JudgeDataRecipe) -> None:
-    """Turn what is labelled into lessons, one for each mode."""
+def teach(answers: Sequence[Answer], teacher: Teacher) -> None:
+    """Turn what is labelled into lessons, one for each mode. SourceError when there is none."""
     for answer in answers:
         if answer.outcome != "labelled" or answer.safe is None:
             continue
         rationale = explanation(answer.safe, list(answer.labels.values()))
-        for mode in recipe.modes:
+        for mode in teacher.modes:
             lesson, cut = teacher.lesson(answer.conversation, safe=answer.safe, rationale=rationale, mode=mode)
             answer.cut |= cut
             if lesson is None:
                 answer.outcome, answer.lessons = "too many turns", []
                 break
             answer.lessons.append(lesson)
+    if not any(answer.lessons for answer in answers):
+        raise SourceError(f"no answer makes a lesson: {dict(Counter(answer.outcome for answer in answers))}")
 
 
 # ------------------------------------------------------------------------------------------------- the account

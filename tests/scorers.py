@@ -33,3 +33,7 @@ def _number(word: str) -> float | None:
         return float(word)
     except ValueError:
         return None
+
+
+def length_of_the_prompt(conversation: Conversation) -> float:
+    return float(len(conversation.prompt.text))

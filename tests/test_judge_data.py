@@ -14,6 +14,7 @@ from alignment.recipe_file import RecipeError, validate
 from alignment.sources import SourceError, account_lines, load_conversations
 from alignment.stages.judge_data import run
 from reward.conversation import read_json_lines, write_json_lines
+from reward.scorer import ScorerError
 from reward.verdict import parse_verdict
 from tests.judge_slots import read_slots
 
@@ -38,8 +39,16 @@ def answers(*both: str) -> list[dict[str, str]]:
 
 
 def recipe(folder: Path, model: Path, **changes: Any) -> JudgeDataRecipe:
-    values = {"output_dir": str(folder / "out"), "model": str(model), "max_length": 1400, "allow_unmeasured": True}
-    return validate(JudgeDataRecipe, {**values, "max_unscored": 1.0, **changes}, where="test")
+    (folder / "guidelines.md").write_text("Be kind.", encoding="utf-8")
+    values = {
+        "output_dir": str(folder / "out"),
+        "model": str(model),
+        "guidelines": str(folder / "guidelines.md"),
+        "max_length": 1400,
+        "allow_unmeasured": True,
+        "max_unscored": 1.0,
+    }
+    return validate(JudgeDataRecipe, values | changes, where="test")
 
 
 def made(folder: Path, model: Path, **changes: Any) -> Artifact:
@@ -166,6 +175,16 @@ def test_labels_of_one_kind_only_are_no_data(safe: bool, missing: str, tiny_mode
     labelled = source(tmp_path, "labelled", [{"prompt": "A", "completion": "a", "safe": safe}])
     with pytest.raises(SourceError, match=f"no answer is labelled {missing} .*say always the same"):
         made(tmp_path, tiny_model, labelled=labelled, first=PEOPLE)
+
+
+def test_guidelines_that_leave_no_room_and_turns_without_end_are_told(tiny_model: Path, tmp_path: Path) -> None:
+    turns = [{"role": role, "content": "Hi"} for _ in range(60) for role in ("user", "assistant")]
+    rows = [{"prompt": "A", "completion": "a", "safe": True}, {"messages": turns, "safe": False}]
+    labelled = source(tmp_path, "labelled", rows)
+    artifact = made(tmp_path, tiny_model, labelled=labelled, first=PEOPLE)
+    assert artifact.metrics["outcomes"] == {"labelled": 1, "too many turns": 1}
+    with pytest.raises(ScorerError, match=r"guidelines and question take \d+ tokens, but max_length=600"):
+        made(tmp_path, tiny_model, labelled=labelled, first=PEOPLE, max_length=600)
 
 
 def test_the_lessons_are_conversations_for_fine_tuning(tiny_model: Path, tmp_path: Path) -> None:

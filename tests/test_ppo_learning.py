@@ -22,17 +22,18 @@ if TYPE_CHECKING:
 LENGTH = 4
 """Tokens of an answer, and so the highest score; an answer that ends early loses what it could have had."""
 PROMPTS = [Prompt.of(text) for text in ("Hi", "Rain", "Bread", "Shade")]
-FAST: dict[str, Any] = {
+SETTINGS: dict[str, Any] = {
     "batch_size": 64,
-    "mini_batch_size": 32,
-    "per_device_batch_size": 32,
+    "mini_batch_size": 16,
+    "per_device_batch_size": 16,
     "num_ppo_epochs": 4,
-    "learning_rate": 1e-2,
-    "lr_scheduler_type": "linear",
+    "learning_rate": 5e-3,
     "adam_beta2": 0.99,
     "weight_decay": 0.0,
     "value_trunk": "shared",
     "value_coef": 1.0,
+    "value_clip_range": 10.0,
+    "whiten_scores": "none",  # the optimum is known in its own units
     "missing_eos_penalty": 0.0,
     "save_steps": 1000,
 }
@@ -47,7 +48,7 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     PartialState._reset_state()
 
 
-def history(model: Path, folder: Path, **settings: Any) -> list[dict[str, float]]:
+def history(model: Path, folder: Path, *, scorer: str = "count_sixes", **settings: Any) -> list[dict[str, float]]:
     """The metrics of every iteration of a run."""
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(prompt.to_json()) + "\n" for prompt in PROMPTS))
@@ -55,9 +56,9 @@ def history(model: Path, folder: Path, **settings: Any) -> list[dict[str, float]
         model,
         output_dir=str(folder / "ppo"),
         prompts=Data(sources=[Source(name="file", path=str(prompts))]),
-        scorer=PythonScorer(function="tests.scorers:count_sixes"),
+        scorer=PythonScorer(function=f"tests.scorers:{scorer}"),
         sampling=Sampling(max_new_tokens=LENGTH, batch_size=64),
-        **FAST | settings,
+        **SETTINGS | settings,
     )
     ppo.run(recipe)
     rows = (folder / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -87,10 +88,36 @@ def test_it_learns_the_optimum_at_no_more_divergence_than_it_takes(
     """KL(pi || pi_0) <= -log pi_0(best answer) holds for the optimum of score - beta * KL, whatever beta: the policy
     that gives the best answer alone has at least its score at that divergence.
     """
-    rows = history(tiny_model, tmp_path, seed=seed, num_iterations=22)
+    rows = history(tiny_model, tmp_path, seed=seed, num_iterations=24)
     assert rows[0]["kl"] == 0, "policy and reference are equal, to the bit"
-    assert rows[0]["score_mean"] < 0.1 * LENGTH
+    assert rows[0]["score_mean"] < 0.05 * LENGTH
     assert mean(rows[-3:], "score_mean") >= 0.95 * LENGTH
-    assert 0.5 * distance < mean(rows[-3:], "kl") < distance + 0.5
-    assert max(row["explained_variance"] for row in rows[1:]) > 0.5
-    assert min(row["explained_variance"] for row in rows[1:4]) < 0.2, "it was not so from the start"
+    assert 0.9 * distance < mean(rows[-3:], "kl") <= distance + 0.01
+
+
+@pytest.mark.parametrize(("where", "estimator"), [("reward", "k1"), ("loss", "k2"), ("loss", "k3")])
+def test_with_a_large_coefficient_it_stays_at_the_start(
+    where: str, estimator: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = history(tiny_model, tmp_path, num_iterations=8, kl_in=where, kl_estimator=estimator, kl_coef=20.0)
+    assert rows[0]["kl"] == 0
+    assert max(row["kl_k1"] for row in rows) < 0.5
+    assert max(row["score_mean"] for row in rows) < 0.1 * LENGTH
+
+
+def test_while_the_critic_warms_up_it_learns_and_the_policy_stays_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
+    """The score depends on the prompt alone, so that a value model can know all of it from the first token on."""
+    rows = history(
+        tiny_model,
+        tmp_path,
+        scorer="length_of_the_prompt",
+        num_iterations=6,
+        critic_warmup_iterations=6,
+        value_trunk="separate",
+        weight_decay=0.1,
+    )
+    assert [row["kl"] for row in rows] == [0.0] * 6
+    assert rows[0]["explained_variance"] < 0.1
+    assert rows[-1]["explained_variance"] > 0.5
+    start, end = (load_model(str(path), init=ModelInit()).state_dict() for path in (tiny_model, tmp_path / "ppo"))
+    assert all(torch.equal(end[name], value) for name, value in start.items())

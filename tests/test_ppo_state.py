@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import pickle
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from alignment.checkpoints import (
     write_checkpoint,
 )
 from alignment.cli import main as sara
+from alignment.distributed import load_engine
 from alignment.ppo_state import Checkpoints, LoopState, make_optimizer
 from alignment.recipe import Lora, PpoRecipe
 from alignment.training_state import random_state, set_random_state
@@ -263,3 +267,27 @@ def test_weights_of_another_model_are_refused(tiny_model: Path, tmp_path: Path) 
     save_one(ppo_recipe(tiny_model), tmp_path)
     with pytest.raises(ValueError, match=r"weights.safetensors is of another model: .* differs"):
         make_checkpoints(ppo_recipe(tiny_model, value_trunk="shared"), tmp_path).load()
+
+
+def test_a_shard_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's own call of torch.load says `weights_only=False`."""
+
+    class Hostile:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    class Engine:
+        _config = SimpleNamespace()
+        optimizer = SimpleNamespace(param_groups=[])
+
+        def load_checkpoint(self, folder: str, *, tag: str, load_module_strict: bool) -> tuple[Any, dict[str, Any]]:
+            return torch.load(Path(folder) / "shard.pt", weights_only=False), {}
+
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    torch.save({"weight": torch.ones(2)}, tmp_path / "shard.pt")
+    load_engine(Engine(), tmp_path, only_trained=False)
+    torch.save({"weight": Hostile()}, tmp_path / "shard.pt")
+    with pytest.raises(pickle.UnpicklingError, match="mkdir"):
+        load_engine(Engine(), tmp_path, only_trained=False)
+    assert not (tmp_path / "it ran").exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ

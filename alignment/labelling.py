@@ -109,7 +109,9 @@ def check_unscored(labels: Sequence[Label], *, name: str, limit: float) -> None:
 def describe(spec: ScorerSpec) -> dict[str, Any]:
     """Who labels, for the record: kind, model, way of asking, hash of the guidelines, fingerprint."""
     section = spec.model_dump(mode="json")
-    shown = {key: section[key] for key in ("type", "model", "path", "function", "mode", "prompt") if key in section}
+    shown = {
+        key: section[key] for key in ("type", "model", "path", "function", "url", "mode", "prompt") if key in section
+    }
     if isinstance(spec, JudgeScorer):
         shown["guidelines"] = Constitution.read(spec.guidelines or GUIDELINES).hash
     return shown | {"fingerprint": scorer_fingerprint(spec)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,9 +48,9 @@ SMALLER: dict[str, dict[str, str]] = {
     "judge_agreement": {
         "scorer.guidelines": "GUIDELINES",
         "compare": "{before: {type: judge, model: MODEL, guidelines: GUIDELINES}}",
-        "data.sources": few("safety", 3, "test"),
+        "data.sources": few("safety", 12, "test"),
     },
-    "label": {"data.sources": few("helpful", 4), "scorer.guidelines": "GUIDELINES"},
+    "label": {"data.sources": few("helpful", 4), "scorer.guidelines": "GUIDELINES", "overwrite_labels": "true"},
     "safety_reward_model": {
         "model": "MODEL",
         "data.sources": "[{name: artifact, path: RUN/label}]",
@@ -124,11 +123,17 @@ def rows_of(artifact: Artifact, name: str = "records") -> list[dict[str, Any]]:
     return [row for _, row in read_json_lines(artifact.path / f"{name}.jsonl")]
 
 
+def metrics_of(artifact: Artifact) -> list[dict[str, Any]]:
+    return [row for _, row in read_json_lines(artifact.path / "metrics.jsonl")]
+
+
 def test_one_answer_each_and_all_of_them_judged(run_dir: Path) -> None:
     answered, judged = read_artifact(run_dir / "respond"), read_artifact(run_dir / "judge_data")
     assert answered.metrics["num_answers"] == answered.metrics["num_prompts"] == 3
     assert judged.metrics["num_answers"] == 3 - answered.metrics["num_empty"] + 2 * 3  # both sides of three pairs
-    assert judged.metrics["labels"] == {"safe": 3, "unsafe": 3}, "unsafe answers are in the data"
+    labels = judged.metrics["labels"]
+    assert labels["safe"] + labels["unsafe"] == 6
+    assert labels["unsafe"] >= 3, "unsafe answers are in the data"
     assert judged.metrics["labellers"]["n"] == 6
     assert judged.parents["agreement"] == read_artifact(run_dir / "teachers").fingerprint
 
@@ -139,9 +144,8 @@ def test_the_judge_has_learned_from_both_and_changed(run_dir: Path, tiny_model: 
     assert judge.data["num_rows"] == lessons + read_artifact(run_dir / "people_data").metrics["lessons"]["all"]
     assert judge.data["too_long"] == {}, "a lesson always fits the judge's own limit"
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_model, judge.path))
-    changed = {
-        name for name in before if not torch.allclose(before[name], after[name].to(before[name].dtype), atol=1e-7)
-    }
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all("q_proj" in name or "v_proj" in name for name in changed), "the source's adapters, and nothing else"
 
@@ -165,14 +169,16 @@ def test_the_auxiliary_loss_learns_from_the_judges_labels(run_dir: Path) -> None
     label, trained = read_artifact(run_dir / "label"), read_artifact(run_dir / "safety_reward_model")
     assert {row["label_source"].split()[0] for row in rows_of(label)} == {"judge"}
     assert trained.parents["data:artifact:records.jsonl"] == label.provenance["files"]["records.jsonl"]
-    lines = [json.loads(line) for line in (trained.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    print(lines)
+    step = metrics_of(trained)[0]
+    ranking, auxiliary = (step[f"reward_model/{name}_loss"] for name in ("ranking", "auxiliary"))
+    assert auxiliary > 0
+    assert step["reward_model/loss"] == pytest.approx(ranking + 0.5 * auxiliary, abs=1e-3)  # the recipe's weight
 
 
 def test_sampling_and_ppo_are_scored_by_the_judge(run_dir: Path) -> None:
     best = read_artifact(run_dir / "rejection_sampling")
     assert best.metrics["num_kept"] == 2
-    (row,) = [json.loads(line) for line in (run_dir / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    (row,) = metrics_of(read_artifact(run_dir / "ppo"))
     assert row["ppo/safety_branch_share"] == 1.0, "the prompts are adversarial, so the judge decides"
     for artifact in (best, read_artifact(run_dir / "ppo")):
         assert artifact.parents["scorer.safety.model"] == read_artifact(run_dir / "judge").fingerprint
@@ -206,9 +212,8 @@ def test_the_labellers_are_those_that_are_measured(monkeypatch: pytest.MonkeyPat
 def test_a_judge_is_asked_as_it_was_taught(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same model, guidelines, limit and form of the prompt in the lessons and in every scorer."""
     monkeypatch.chdir(ROOT)
-    recipes = {
-        path.stem: load_recipe(path) for path in (ROOT / "recipes" / folder).glob("*.yaml") if path.stem != "pipeline"
-    }
+    paths = (ROOT / "recipes" / folder).glob("*.yaml")
+    recipes = {path.stem: load_recipe(path) for path in paths if path.stem != "pipeline"}
     taught = [recipe for recipe in recipes.values() if isinstance(recipe, JudgeDataRecipe)]
     judge = recipes["judge"]
     assert isinstance(judge, SftRecipe)

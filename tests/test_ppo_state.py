@@ -136,10 +136,18 @@ def weights_of(model: ActorCritic) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("lora", [None, Lora(r=2, alpha=4)], ids=["full", "lora"])
-@pytest.mark.parametrize("trunk", ["shared", "separate"])
+@pytest.mark.parametrize(
+    ("trunk", "lora"),
+    [
+        ("shared", None),
+        ("separate", None),
+        ("shared", Lora(r=2, alpha=4)),
+        ("separate", Lora(r=2, alpha=4)),
+        ("adapter", Lora(r=2, alpha=4)),
+    ],
+)
 def test_steps_after_a_resume_are_those_of_an_uninterrupted_run(
-    tiny_model: Path, tmp_path: Path, lora: Lora | None, trunk: str
+    tiny_model: Path, tmp_path: Path, trunk: str, lora: Lora | None
 ) -> None:
     recipe = ppo_recipe(tiny_model, lora=lora, learning_rate=1e-2, value_trunk=trunk)
     whole = make_checkpoints(recipe, tmp_path)

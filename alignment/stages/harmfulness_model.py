@@ -12,11 +12,10 @@ from datasets import Dataset
 from transformers import AutoConfig, Trainer, TrainingArguments
 
 from alignment.artifact import Artifact, write_json
-from alignment.distributed import device, is_main_process, whole_weights
+from alignment.distributed import close, device, is_main_process, whole_weights
 from alignment.fitting import (
     SealCheckpoints,
     StopWhenNotFinite,
-    close_trainer,
     save_final,
     train,
     training_arguments,
@@ -97,7 +96,7 @@ def run(recipe: HarmfulnessModelRecipe) -> Artifact | None:
             files = weight_files(workspace.path)
             artifact = workspace.finish("harmfulness_model", data=data, metrics=metrics, files=files)
             tracker.artifact(artifact)
-    close_trainer(trainer)
+    close(trainer.accelerator, trainer.model_wrapped)
     return artifact
 
 

@@ -56,7 +56,7 @@ def history(model: Path, folder: Path, *, scorer: str = "count_sixes", **setting
     recipe: PpoRecipe = ppo_recipe(
         model,
         output_dir=str(folder / "ppo"),
-        prompts=Data(sources=[Source(name="file", path=str(prompts))]),
+        prompts=Data(sources=[Source(name="file", path=str(prompts), split="all")]),
         scorer=PythonScorer(function=f"tests.scorers:{scorer}"),
         sampling=Sampling(max_new_tokens=LENGTH, batch_size=64),
         **SETTINGS | settings,

@@ -1,0 +1,176 @@
+"""Held-out prompts: their mean score, the best policy that they choose, and the end of patience."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from alignment import ppo_update
+from alignment.__main__ import main
+from alignment.artifact import read_artifact, sha256
+from alignment.checkpoints import list_checkpoints
+from alignment.generate import Generator
+from alignment.held_out import HeldOut
+from alignment.recipe import Sampling
+from reward.conversation import Conversation
+from reward.scorer import FunctionScorer, ScorerError
+from tests import tiny_ppo
+from tests.conftest import ROOT
+from tests.interrupted import history, make_parents, ppo_words
+from tests.tiny_ppo import PROMPTS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from reward.render import Renderer
+
+model, renderer = tiny_ppo.model, tiny_ppo.renderer  # fixtures
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.state import AcceleratorState, PartialState
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    return make_parents(tmp_path_factory.mktemp("parents"), tiny_model)
+
+
+# -------------------------------------------------------------------------------------------------------- the score
+
+
+def mean_score(model: Any, renderer: Renderer, scorer: FunctionScorer, *, temperature: float = 0.0) -> float:
+    from accelerate import Accelerator
+
+    generator = Generator(model, renderer, Sampling(temperature=temperature, max_new_tokens=6, batch_size=2))
+    return HeldOut(PROMPTS, generator, scorer).mean_score(model, Accelerator(cpu=True), seed=3)
+
+
+def test_the_score_is_the_mean_over_the_answers_that_were_scored(model: Any, renderer: Renderer) -> None:
+    greedy = Generator(model, renderer, Sampling(temperature=0.0, max_new_tokens=6, batch_size=1))
+    texts = [greedy.answer([prompt], seed=0)[0].text for prompt in PROMPTS]
+    expected = sum(map(len, texts[1:])) / (len(texts) - 1)
+
+    def length(conversation: Conversation) -> float | None:
+        return None if conversation.prompt == PROMPTS[0] else float(len(conversation.completion))
+
+    assert mean_score(model, renderer, FunctionScorer(length)) == pytest.approx(expected)
+
+
+def test_sampled_answers_are_the_same_each_time(model: Any, renderer: Renderer) -> None:
+    scorer = FunctionScorer(
+        lambda conversation: float(int(hashlib.sha256(conversation.completion.encode()).hexdigest()[:6], 16))
+    )
+    first, second = (mean_score(model, renderer, scorer, temperature=1.0) for _ in range(2))
+    assert first == second != mean_score(model, renderer, scorer)
+
+
+def test_a_scorer_that_scores_nothing_is_an_error(model: Any, renderer: Renderer) -> None:
+    with pytest.raises(ScorerError, match="broken scored none of the held-out answers"):
+        mean_score(model, renderer, FunctionScorer(lambda _: None, name="broken"))
+
+
+# ---------------------------------------------------------------------------------------------------- the best policy
+
+
+def run(parents: Path, output: Path, *overrides: str) -> int:
+    small = ("--sampling.max_new_tokens", "4", "--prompts.sources.0.max_rows", "8")
+    return main(ppo_words(parents, output, *small, *overrides))
+
+
+HELD_OUT = (
+    "--eval_prompts",
+    "{max_length: 512, sources: [{name: starter_twins, max_rows: 2}]}",
+    "--ppo.eval_steps",
+    "1",
+)
+
+
+class Scripted:
+    """Held-out scores by the weights that are asked: new weights get the next of the script."""
+
+    def __init__(self, script: list[float]) -> None:
+        self.script = script
+        self.known: dict[str, float] = {}
+
+    def mean_score(self, held_out: HeldOut, engine: Any, accelerator: Any, *, seed: int) -> float:
+        digest = hashlib.sha256()
+        for parameter in engine.policy.parameters():
+            digest.update(parameter.detach().numpy().tobytes())
+        return self.known.setdefault(digest.hexdigest(), self.script[min(len(self.known), len(self.script) - 1)])
+
+
+def script(monkeypatch: pytest.MonkeyPatch, *scores: float) -> Scripted:
+    scripted = Scripted(list(scores))
+    monkeypatch.setattr(HeldOut, "mean_score", lambda *args, **kwargs: scripted.mean_score(*args, **kwargs))
+    return scripted
+
+
+def held_out_scores(output: Path) -> list[float | None]:
+    return [row.get("ppo/held_out_score") for row in history(output)]
+
+
+def test_the_stage_leaves_the_best_policy_and_says_which(
+    parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(parents, tmp_path / "two", "--ppo.num_iterations", "2") == 0
+    scripted = script(monkeypatch, 0.1, 0.9, 0.2, 0.3)
+    assert run(parents, tmp_path / "best", "--ppo.num_iterations", "4", *HELD_OUT) == 0
+    assert len(scripted.known) == 4
+    assert sha256(tmp_path / "best" / WEIGHTS) == sha256(tmp_path / "two" / WEIGHTS)
+    assert held_out_scores(tmp_path / "best") == [0.1, 0.9, 0.2, 0.3]
+    metrics = read_artifact(tmp_path / "best").metrics
+    assert (metrics["held_out_score"], metrics["best_iteration"]) == (0.9, 2)
+
+
+def test_it_stops_when_patience_ends(parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, 0.5, 0.4, 0.4, 0.9)
+    words = ("--ppo.num_iterations", "6", "--ppo.early_stopping_patience", "2", *HELD_OUT)
+    assert run(parents, tmp_path / "ppo", *words) == 0
+    assert held_out_scores(tmp_path / "ppo") == [0.5, 0.4, 0.4]
+    assert read_artifact(tmp_path / "ppo").metrics["best_iteration"] == 1
+
+
+class Fault(Exception):
+    """What breaks the run off."""
+
+
+@pytest.mark.parametrize("call", [13, 17])
+def test_the_best_outlives_a_fault_and_the_limit_of_checkpoints(
+    call: int, parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One checkpoint is kept, and the best of the first iteration beside it; four micro-batches an iteration."""
+    words = ("--ppo.num_iterations", "5", "--ppo.save_total_limit", "1", *HELD_OUT)
+    scripted = script(monkeypatch, 0.9, 0.1, 0.2, 0.3, 0.4)
+    assert run(parents, tmp_path / "whole", *words) == 0
+    original, calls = ppo_update.loss_of, 0
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Fault
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_update, "loss_of", faulty)
+        with pytest.raises(Fault):
+            run(parents, tmp_path / "ppo", *words)
+    kept = [path.name for path in list_checkpoints(tmp_path / "ppo" / "checkpoints")]
+    assert kept == ["iteration-1", f"iteration-{(call - 1) // 4}"]
+    state = json.loads((tmp_path / "ppo" / "checkpoints" / kept[-1] / "state.json").read_text())["loop"]
+    assert (state["best_iteration"], state["best_score"]) == (1, 0.9)
+    assert run(parents, tmp_path / "ppo", *words) == 0
+    assert sha256(tmp_path / "ppo" / WEIGHTS) == sha256(tmp_path / "whole" / WEIGHTS)
+    assert history(tmp_path / "ppo") == history(tmp_path / "whole")
+    assert len(scripted.known) == 5, "the resumed run had the very weights of the uninterrupted one"

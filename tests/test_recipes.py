@@ -29,7 +29,11 @@ STAGES = sorted(
     for path in (*ROOT.glob("recipes/*/*.yaml"), *ROOT.glob("tests/tiny_pipeline/*.yaml"))
     if path.name != "pipeline.yaml"
 )
-VARIANTS = {"recipes/llama2-7b/ppo_lora.yaml"}
+VARIANTS = {
+    "recipes/llama2-7b/ppo_lora.yaml",
+    "recipes/llama2-7b/ppo_lagrangian.yaml",
+    "recipes/smollm2-135m/ppo_lagrangian.yaml",
+}
 """Recipes beside a pipeline that stand for one of its steps."""
 
 

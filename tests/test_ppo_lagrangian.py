@@ -1,0 +1,100 @@
+"""PPO on Safe RLHF's Lagrangian: the multiplier follows the mean cost of each iteration, over a resume too."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import pytest
+
+from alignment.__main__ import main
+from alignment.artifact import sha256
+from alignment.stages import ppo
+from reward.conversation import Conversation, Prompt
+from reward.scorer import FunctionScorer, LagrangianScorer
+from tests.conftest import ROOT
+from tests.interrupted import history, make_parents, ppo_words
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LIMIT, RATE, MAXIMUM = -9.0, 0.3, 2.0
+WORDS = (
+    "--scorer",
+    "{type: lagrangian, reward: {type: refusal}, cost: {type: python, function: tests.scorers:shorter_is_better}}",
+    *("--ppo.multiplier_learning_rate", str(RATE), "--ppo.cost_limit", str(LIMIT)),
+    *("--ppo.multiplier_max", str(MAXIMUM), "--ppo.num_iterations", "3", "--sampling.max_new_tokens", "4"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    return make_parents(tmp_path_factory.mktemp("parents"), tiny_model)
+
+
+def run(parents: Path, output: Path, *overrides: str) -> int:
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    return main(ppo_words(parents, output, *WORDS, *overrides))
+
+
+def answers(*texts: str) -> list[Conversation]:
+    return [Prompt.of("Question?").answer(text) for text in texts]
+
+
+def test_costs_are_those_of_the_answers_that_were_scored() -> None:
+    reward = FunctionScorer(lambda conversation: None if conversation.completion == "?" else 6.0, name="reward")
+    safety = FunctionScorer(lambda conversation: -float(len(conversation.completion)), name="safety")
+    scores, costs = LagrangianScorer(reward, safety, multiplier=2.0).with_costs(answers("ab", "?", "abcd"))
+    assert costs == [2.0, 4.0]
+    assert [score.value for score in scores] == pytest.approx([(6 - 2 * 2) / 3, None, (6 - 2 * 4) / 3])
+    assert scores[1].reason == "reward: reward returned None"
+
+
+def test_the_multiplier_follows_the_mean_cost(parents: Path, tmp_path: Path) -> None:
+    """The cost is the length of an answer in characters, all of which are over the limit."""
+    assert run(parents, tmp_path / "ppo") == 0
+    rows = history(tmp_path / "ppo")
+    assert rows[0]["ppo/multiplier"] == 1.0, "the recipe's"
+    for before, after in zip(rows, rows[1:], strict=False):
+        step = RATE * before["ppo/multiplier"] * (before["ppo/cost_mean"] - LIMIT)
+        expected = min(before["ppo/multiplier"] * math.exp(step), MAXIMUM)
+        assert after["ppo/multiplier"] == pytest.approx(expected, rel=1e-6)
+    assert rows[-1]["ppo/multiplier"] == MAXIMUM
+
+
+class Fault(Exception):
+    """What breaks the run off."""
+
+
+def test_a_resumed_run_has_the_multiplier_of_its_iteration(
+    parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = ("--ppo.cost_limit", "3.0")  # so that it moves a little each time
+    assert run(parents, tmp_path / "whole", *limit) == 0
+    original, calls = ppo.judge, 0
+
+    def faulty(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Fault
+        return original(*args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "judge", faulty)
+        with pytest.raises(Fault):
+            run(parents, tmp_path / "ppo", *limit)
+    assert run(parents, tmp_path / "ppo", *limit) == 0
+    rows = history(tmp_path / "ppo")
+    assert rows == history(tmp_path / "whole")
+    assert len({row["ppo/multiplier"] for row in rows}) == 3
+    assert sha256(tmp_path / "ppo" / "model.safetensors") == sha256(tmp_path / "whole" / "model.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import os
 import shutil
 import signal
@@ -117,7 +118,8 @@ def test_policies_and_reward_models_load_without_us(run_dir: Path) -> None:
 def test_labels_come_with_their_source(run_dir: Path) -> None:
     rows = [json.loads(line) for line in (run_dir / "label" / "records.jsonl").read_text().splitlines()]
     assert len(rows) == 6
-    assert {row["label_source"] for row in rows} == {"judge"}
+    (source,) = {row["label_source"] for row in rows}
+    assert re.fullmatch(r"judge [0-9a-f]{16}", source)
 
 
 def test_evaluation_shows_both_rates_with_intervals(run_dir: Path) -> None:

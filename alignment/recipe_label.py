@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -43,9 +44,9 @@ class LabellingRecipe(StageRecipe):
     max_unscored: Fraction = 0.01
 
     @property
+    @abstractmethod
     def labellers(self) -> Mapping[str, ScorerSpec]:
         """Key of the recipe -> scorer, for those whose word alone makes a label."""
-        raise NotImplementedError
 
 
 class LabelRecipe(LabellingRecipe):

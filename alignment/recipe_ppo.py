@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from alignment.recipe_health import Health, Probes
 from alignment.recipe_parts import Data, Lora, ModelInit, Optimizer, Sampling, StageRecipe
@@ -36,6 +36,7 @@ class Ppo(Optimizer):
     mini_batch_size: PositiveInt = 64
     per_device_batch_size: PositiveInt = 4
     num_ppo_epochs: PositiveInt = 1
+    num_generations: Annotated[int, Field(ge=2)] = 8
     clip_range: PositiveFloat = 0.2
     kl_coef: NonNegativeFloat = 0.01
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # [GAP]
@@ -79,8 +80,19 @@ class Ppo(Optimizer):
         return self
 
 
+_OF_ALL_TRAINERS = {
+    *Optimizer.model_fields,
+    *("num_iterations", "batch_size", "mini_batch_size", "per_device_batch_size", "num_ppo_epochs", "num_generations"),
+    *("clip_range", "kl_coef", "gradient_checkpointing", "save_steps", "save_total_limit"),
+}
+"""Settings that TRL's trainers have as well; its KL estimators and their places are its own."""
+_OF_ALL_SAMPLING = {"temperature", "top_p", "max_new_tokens", "max_prompt_tokens"}
+_OF_PPO_ALONE = ("value_model", "ptx_data", "eval_prompts", "probes", "gold_scorer", "gold_steps", "health")
+
+
 class PpoRecipe(StageRecipe):
     """PPO on the Llama 2 objective. `value_model`: a reward model to start the separate value model from.
+    `trainer`: rloo and grpo are baselines by TRL.
 
     `ptx_data`: conversations of the pretraining mix, weighted by `ppo.ptx_coef`. `eval_prompts`: held-out prompts, by
     whose mean score the final policy is chosen. `gold_scorer`: one that PPO never sees scores the rollout of every
@@ -88,6 +100,7 @@ class PpoRecipe(StageRecipe):
     """
 
     stage: Literal["ppo"] = "ppo"
+    trainer: Literal["ppo", "rloo", "grpo"] = "ppo"
     model: str
     model_init: ModelInit = ModelInit()
     lora: Lora | None = None
@@ -142,4 +155,24 @@ class PpoRecipe(StageRecipe):
             )
         if self.eval_prompts is not None:
             raise ValueError("eval_prompts: scores under a multiplier that moves cannot be compared; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _group_trainers_know_fewer_keys(self) -> PpoRecipe:
+        ppo = self.ppo
+        if self.trainer == "ppo":
+            if ppo.num_generations != Ppo.model_fields["num_generations"].default:
+                raise ValueError("ppo.num_generations: PPO draws one answer a prompt; rloo and grpo draw groups")
+            return self
+        foreign = [name for name in _OF_PPO_ALONE if getattr(self, name) != type(self).model_fields[name].default]
+        for key, section, known in (("ppo", ppo, _OF_ALL_TRAINERS), ("sampling", self.sampling, _OF_ALL_SAMPLING)):
+            fields = type(section).model_fields
+            foreign += [f"{key}.{n}" for n in fields if n not in known and getattr(section, n) != fields[n].default]
+        if foreign:
+            raise ValueError(f"trainer: {self.trainer} is TRL's and knows no {', '.join(foreign)}; leave these out")
+        if ppo.batch_size % ppo.num_generations:
+            raise ValueError(
+                f"ppo.batch_size {ppo.batch_size} must be a multiple of ppo.num_generations {ppo.num_generations}: it "
+                "counts answers here"
+            )
         return self

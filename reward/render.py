@@ -73,6 +73,13 @@ class Renderer:
             raise TooLong(len(ids), max_length)
         return ids
 
+    def prompt_messages(self, prompt: Prompt) -> list[dict[str, Any]]:
+        """The turns as this template takes them, for libraries that render themselves.
+
+        With `sanitize_control_tokens` and a generation prompt they get the ids of `render_prompt`.
+        """
+        return self._as_dicts(prompt.messages)
+
     def render_start(self, prompt: Prompt) -> list[int]:
         """Ids that `prompt` shares with all prompts that differ from it in the last turn alone."""
         earlier = prompt.messages[:-1]

@@ -41,7 +41,7 @@ def one_by_one(model: Any, texts: list[list[int]], tails: Tails) -> list[list[fl
     return [[logprob(text, tail) for tail in tails.tails] for text in texts]
 
 
-def check(found: list[list[float]], expected: list[list[float]]) -> None:
+def assert_close(found: list[list[float]], expected: list[list[float]]) -> None:
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-4, rtol=0)
 
 
@@ -81,7 +81,7 @@ def test_padding_on_the_left_counts_positions_from_the_first_token() -> None:
 def test_whole_texts(model: Any, tails: Tails, batch_size: int) -> None:
     _, texts = make_texts(7)
     found = read_whole(model, texts, tails, pad_token_id=0, batch_size=batch_size)
-    check(found, one_by_one(model, texts, tails))
+    assert_close(found, one_by_one(model, texts, tails))
 
 
 def test_verdicts_of_one_token_cost_one_row_a_text(model: Any, seen: list[tuple[int, ...]]) -> None:
@@ -99,11 +99,11 @@ def test_a_shared_prefix_changes_no_number(model: Any, tails: Tails, batch_size:
     prefix, texts = make_texts(9)
     expected = one_by_one(model, texts, tails)
     cache = PrefixCache(model)
-    check(cache.read(texts, tails, prefix=prefix, batch_size=batch_size), expected)
+    assert_close(cache.read(texts, tails, prefix=prefix, batch_size=batch_size), expected)
     backwards = cache.read(texts[::-1], tails, prefix=prefix, batch_size=batch_size)
-    check(backwards[::-1], expected)
+    assert_close(backwards[::-1], expected)
     for text, row in zip(texts, expected, strict=True):
-        check(cache.read([text], tails, prefix=prefix, batch_size=batch_size), [row])
+        assert_close(cache.read([text], tails, prefix=prefix, batch_size=batch_size), [row])
 
 
 def test_the_prefix_is_computed_once_and_each_text_once(model: Any, seen: list[tuple[int, ...]]) -> None:
@@ -134,13 +134,13 @@ def test_a_prefix_that_texts_do_not_have_costs_time_alone(model: Any) -> None:
     expected = one_by_one(model, texts, SHORT)
     cache = PrefixCache(model)
     for claimed in ([*prefix, 499, 498], prefix[:10], [3, 3, 3], []):
-        check(cache.read(texts, SHORT, prefix=claimed, batch_size=4), expected)
+        assert_close(cache.read(texts, SHORT, prefix=claimed, batch_size=4), expected)
 
 
 def test_a_text_that_is_all_prefix(model: Any) -> None:
     prefix, texts = make_texts(3)
     texts = [*texts, list(prefix), prefix[:1]]
-    check(PrefixCache(model).read(texts, LONG, prefix=prefix, batch_size=8), one_by_one(model, texts, LONG))
+    assert_close(PrefixCache(model).read(texts, LONG, prefix=prefix, batch_size=8), one_by_one(model, texts, LONG))
 
 
 def test_no_texts(model: Any) -> None:
@@ -177,7 +177,7 @@ def test_other_transformers_share_a_prefix_too(name: str) -> None:
     assert why_not_shared(model) is None
     prefix, texts = make_texts(5)
     found = PrefixCache(model).read(texts, LONG, prefix=prefix, batch_size=4)
-    check(found, one_by_one(model, texts, LONG))
+    assert_close(found, one_by_one(model, texts, LONG))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 LIMIT, RATE, MAXIMUM = -9.0, 0.3, 2.0
 WORDS = (
     "--scorer",
-    "{type: lagrangian, reward: {type: refusal}, cost: {type: python, function: tests.scorers:shorter_is_better}}",
-    *("--ppo.multiplier_learning_rate", str(RATE), "--ppo.cost_limit", str(LIMIT)),
+    "{type: lagrangian, reward: {type: python, function: tests.scorers:always_the_same}, "
+    "cost: {type: python, function: tests.scorers:shorter_is_better}}",
     *("--ppo.multiplier_max", str(MAXIMUM), "--ppo.num_iterations", "3", "--sampling.max_new_tokens", "4"),
 )
 
@@ -46,6 +47,11 @@ def run(parents: Path, output: Path, *overrides: str) -> int:
     return main(ppo_words(parents, output, *WORDS, *overrides))
 
 
+def following(rate: float) -> tuple[str, ...]:
+    """Overrides: how fast the multiplier follows the cost."""
+    return ("--ppo.cost_limit", str(LIMIT), "--ppo.multiplier_learning_rate", str(rate))
+
+
 def answers(*texts: str) -> list[Conversation]:
     return [Prompt.of("Question?").answer(text) for text in texts]
 
@@ -61,10 +67,10 @@ def test_costs_are_those_of_the_answers_that_were_scored() -> None:
 
 def test_the_multiplier_follows_the_mean_cost(parents: Path, tmp_path: Path) -> None:
     """The cost is the length of an answer in characters, all of which are over the limit."""
-    assert run(parents, tmp_path / "ppo") == 0
+    assert run(parents, tmp_path / "ppo", *following(RATE)) == 0
     rows = history(tmp_path / "ppo")
     assert rows[0]["ppo/multiplier"] == 1.0, "the recipe's"
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in itertools.pairwise(rows):
         step = RATE * before["ppo/multiplier"] * (before["ppo/cost_mean"] - LIMIT)
         expected = min(before["ppo/multiplier"] * math.exp(step), MAXIMUM)
         assert after["ppo/multiplier"] == pytest.approx(expected, rel=1e-6)
@@ -78,8 +84,8 @@ class Fault(Exception):
 def test_a_resumed_run_has_the_multiplier_of_its_iteration(
     parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = ("--ppo.cost_limit", "3.0")  # so that it moves a little each time
-    assert run(parents, tmp_path / "whole", *limit) == 0
+    slowly = following(RATE / 100)  # so that it moves each time, and not to its maximum
+    assert run(parents, tmp_path / "whole", *slowly) == 0
     original, calls = ppo.judge, 0
 
     def faulty(*args: object, **kwargs: object) -> object:
@@ -92,8 +98,8 @@ def test_a_resumed_run_has_the_multiplier_of_its_iteration(
     with monkeypatch.context() as patch:
         patch.setattr(ppo, "judge", faulty)
         with pytest.raises(Fault):
-            run(parents, tmp_path / "ppo", *limit)
-    assert run(parents, tmp_path / "ppo", *limit) == 0
+            run(parents, tmp_path / "ppo", *slowly)
+    assert run(parents, tmp_path / "ppo", *slowly) == 0
     rows = history(tmp_path / "ppo")
     assert rows == history(tmp_path / "whole")
     assert len({row["ppo/multiplier"] for row in rows}) == 3

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment.artifact import write_artifact
 from alignment.evaluation.collect import ReportError
 from alignment.evaluation.report import build_report
 from tests.made_run import Rows, make_run, read_page, read_report
@@ -95,3 +96,12 @@ def test_an_answer_that_is_missing_is_an_error(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, num_adversarial=3, num_benign=3, edit=edit)
     with pytest.raises(ReportError, match="base did not answer prompt"):
         build_report(run_dir)
+
+
+def test_labels_of_a_scorer_that_was_not_measured_are_told(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, checkpoints=("base", "sft"), steps=("sft",), num_adversarial=9, num_benign=4)
+    for name, unmeasured in (("label", {"scorer": "nobody measured it"}), ("filter", {})):
+        data = {"agreement": {"measured": {}, "unmeasured": unmeasured}}
+        write_artifact(run_dir / name, kind="preferences", stage="label", recipe_hash="0", data=data)
+    told = [caution for caution in read_report(run_dir)["cautions"] if "labelled training data" in caution]
+    assert told == ["label labelled training data by a scorer whose agreement with people is not known, or not enough."]

@@ -73,7 +73,8 @@ def test_the_recipe_of_a_stage_lends_its_scorer(tmp_path: Path) -> None:
         (PPO, "the key 'scorer' is missing"),
         (
             "stage: sft\noutput_dir: out\nmodel: m\ndata: {sources: [{name: a}]}",
-            "a sft recipe has no key 'scorer'; those of rejection_sampling, ppo, context_distillation, label have",
+            "a sft recipe has no key 'scorer'; those of rejection_sampling, ppo, context_distillation, label, "
+            "judge_agreement have",
         ),
     ],
 )

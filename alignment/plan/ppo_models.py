@@ -27,9 +27,11 @@ class PpoModels:
 
     @classmethod
     def of(cls, setup: Setup) -> PpoModels:
-        """InputError when the batches do not divide among the GPUs, as in the stage itself."""
+        """InputError when the batches do not divide among the GPUs, as in the stage itself, and for trainers of TRL."""
         recipe = setup.recipe
         assert isinstance(recipe, PpoRecipe)
+        if recipe.trainer != "ppo":
+            raise InputError(f"a plan knows trainer ppo alone, not TRL's {recipe.trainer}")
         policy = setup.tuned("policy", recipe.model)
         value = reference = None
         if recipe.ppo.value_trunk == "separate":

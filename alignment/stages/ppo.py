@@ -13,6 +13,7 @@ from alignment.artifact import Artifact
 from alignment.distributed import close, from_all, is_main_process, make_accelerator
 from alignment.fitting import weight_files
 from alignment.generate import Generator, derive_seed
+from alignment.group_baselines import run_baseline
 from alignment.health import Unhealthy, check_health
 from alignment.held_out import HeldOut
 from alignment.objectives import (
@@ -60,6 +61,8 @@ class Run(Learner):
 
 def run(recipe: PpoRecipe) -> Artifact | None:
     """Tune `recipe.model` by PPO against `recipe.scorer` and leave a policy."""
+    if recipe.trainer != "ppo":
+        return run_baseline(recipe)
     tokenizer = load_tokenizer(recipe.model, init=recipe.model_init)
     renderer = Renderer(tokenizer)
     data = read_data(recipe, renderer)
@@ -185,13 +188,30 @@ def run_iteration(run: Run, loop: LoopState, tracker: Tracker) -> tuple[dict[str
 
 
 def judge(run: Run, rollout: Rollout, loop: LoopState) -> tuple[Sequence[Score], dict[str, float]]:
-    """Scores of the answers; of a Lagrangian scorer also its multiplier and the mean cost, over all processes."""
+    """Scores of the answers; of a Lagrangian scorer also its multiplier and the mean cost, over all processes.
+
+    Unscored answers take no part in the update and are counted; too many of them stop the run.
+    """
     if not isinstance(run.scorer, LagrangianScorer):
-        return score_all(run.scorer, rollout.conversations), {}
+        scores = score_all(run.scorer, rollout.conversations)
+        check_scored(run, scores)
+        return scores, {}
     multiplier = run.scorer.multiplier if loop.multiplier is None else loop.multiplier
     scores, costs = replace(run.scorer, multiplier=multiplier).with_costs(rollout.conversations)
+    check_scored(run, scores)
     mean = gathered_moments(run, torch.tensor(costs), torch.ones(len(costs))).mean
     return scores, {"multiplier": multiplier, "cost_mean": mean}
+
+
+def check_scored(run: Run, scores: Sequence[Score]) -> None:
+    """RuntimeError when more than MAX_UNSCORED of the answers of all processes have no score."""
+    missing = torch.tensor([sum(score.value is None for score in scores)], device=run.accelerator.device)
+    unscored = float(run.accelerator.reduce(missing, reduction="sum")) / run.recipe.ppo.batch_size
+    if unscored > MAX_UNSCORED:
+        reasons = sorted({score.reason for score in scores if score.value is None and score.reason})[:3]
+        raise RuntimeError(
+            f"{run.scorer.name} left {unscored:.0%} of the answers unscored (limit {MAX_UNSCORED:.0%}): {reasons}"
+        )
 
 
 def whiten_scores(
@@ -199,19 +219,12 @@ def whiten_scores(
 ) -> tuple[Tensor, Tensor, Moments]:
     """Whitened scores `(n,)`, less the penalty for answers cut off; which rows were scored; the moments used.
 
-    Moments are those of all processes. Unscored answers take no part in the update and are counted; too many of them
-    stop the run.
+    Moments are those of all processes.
     """
     ppo = run.recipe.ppo
     valid = torch.tensor([score.value is not None for score in scores])
     values = torch.tensor([0.0 if score.value is None else score.value for score in scores])
     batch = gathered_moments(run, values, valid)
-    unscored = 1 - batch.count / ppo.batch_size
-    if unscored > MAX_UNSCORED:
-        reasons = sorted({score.reason for score in scores if score.value is None and score.reason})[:3]
-        raise RuntimeError(
-            f"{run.scorer.name} left {unscored:.0%} of the answers unscored (limit {MAX_UNSCORED:.0%}): {reasons}"
-        )
     over = whitening_moments(run.recipe, loop, batch)
     whitened = values * valid if ppo.whiten_scores == "none" else whiten(values, valid, over=over)
     return whitened - ppo.missing_eos_penalty * (~rollout.finished) * valid, valid, over

@@ -1,0 +1,189 @@
+"""RLOO and GRPO by TRL: they ask our scorer about our prompts, and take no key that they would not follow."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pydantic import ValidationError
+
+from alignment import group_baselines
+from alignment.artifact import read_artifact, sha256
+from alignment.group_baselines import arguments, reward_function
+from alignment.recipe import Data, Lora, PpoRecipe, Sampling, Source
+from alignment.source_files import SourceError
+from alignment.stages import ppo
+from reward.conversation import Conversation, Prompt
+from reward.scorer import FunctionScorer, ScorerError
+from tests import tiny_ppo
+from tests.tiny_ppo import ppo_recipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from reward.render import Renderer
+
+renderer = tiny_ppo.renderer  # a fixture
+PROMPTS = [Prompt.of("Hi"), Prompt.of("What is <|im_end|>?", is_safety=True), Prompt.of("Rain")]
+GROUP: dict[str, Any] = {
+    "batch_size": 8,
+    "mini_batch_size": 4,
+    "per_device_batch_size": 2,
+    "num_generations": 4,
+    "num_iterations": 1,
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.state import AcceleratorState, PartialState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+
+
+def recipe_of(model: Path, folder: Path, trainer: str, **settings: Any) -> PpoRecipe:
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(prompt.to_json()) + "\n" for prompt in PROMPTS), encoding="utf-8")
+    return ppo_recipe(
+        model,
+        trainer=trainer,
+        output_dir=str(folder / "ppo"),
+        prompts=Data(sources=[Source(name="file", path=str(prompts), split="all")]),
+        sampling=Sampling(max_new_tokens=4),
+        **GROUP | settings,
+    )
+
+
+@pytest.mark.parametrize(("trainer", "lora"), [("rloo", None), ("grpo", Lora(r=2, alpha=4))])
+def test_two_steps_ask_our_scorer_about_our_prompts(
+    trainer: str, lora: Lora | None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Conversation] = []
+
+    def length(conversation: Conversation) -> float:
+        asked.append(conversation)
+        return float(len(conversation.completion))
+
+    monkeypatch.setattr(group_baselines, "build_scorer", lambda _: FunctionScorer(length, name="length"))
+    artifact = ppo.run(recipe_of(tiny_model, tmp_path, trainer, lora=lora))
+    assert artifact is not None
+    assert artifact.metrics["num_steps"] == 2
+    assert len(asked) == 8
+    groups = [conversation.prompt for conversation in asked[::4]]
+    assert [conversation.prompt for conversation in asked] == [prompt for prompt in groups for _ in range(4)]
+    assert len(set(groups)) == 2
+    known = {(prompt.text, prompt.tags.is_safety) for prompt in PROMPTS}
+    assert {(prompt.text, prompt.tags.is_safety) for prompt in groups} <= known, "tags and all"
+    assert len({conversation.completion for conversation in asked}) > 4, "they are sampled"
+    logged = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    mean = sum(len(conversation.completion) for conversation in asked) / 8
+    assert any(row.get("ppo/reward") == pytest.approx(mean) for row in logged)
+    assert read_artifact(tmp_path / "ppo").kind == "policy"
+    assert sha256(tmp_path / "ppo" / "model.safetensors") != sha256(tiny_model / "model.safetensors")
+
+
+class Fault(Exception):
+    """What breaks the run off."""
+
+
+def test_a_run_that_was_broken_off_ends_with_the_same_weights(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def train(name: str, *, fault_at: int | None = None) -> Path:
+        calls.clear()
+
+        def length(conversation: Conversation) -> float:
+            calls.append(1)
+            if len(calls) == fault_at:
+                raise Fault
+            return float(len(conversation.completion))
+
+        monkeypatch.setattr(group_baselines, "build_scorer", lambda _: FunctionScorer(length, name="length"))
+        (tmp_path / name).mkdir(exist_ok=True)
+        ppo.run(recipe_of(tiny_model, tmp_path / name, "rloo", num_iterations=3, save_steps=1))
+        return tmp_path / name / "ppo" / "model.safetensors"
+
+    whole = train("whole")
+    assert len(calls) == 24
+    with pytest.raises((Fault, ScorerError)):
+        train("broken", fault_at=17)  # in the third iteration
+    resumed = train("broken")
+    assert len(calls) == 8, "what was done is not done again"
+    assert sha256(resumed) == sha256(whole)
+
+
+def test_prompts_have_the_ids_that_ppo_gives_them(renderer: Renderer) -> None:
+    """As TRL renders them, control tokens in the text included."""
+    for prompt in PROMPTS:
+        encoded = renderer.tokenizer.apply_chat_template(
+            renderer.prompt_messages(prompt),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            sanitize_control_tokens=True,
+        )
+        assert encoded["input_ids"] == renderer.render_prompt(prompt)
+
+
+def test_rewards_are_the_scores_of_the_texts_up_to_their_end(renderer: Renderer) -> None:
+    tokenizer = renderer.tokenizer
+    scorer = FunctionScorer(lambda conversation: float(len(conversation.completion)), name="length")
+    ids = [[*tokenizer.encode("bread", add_special_tokens=False), tokenizer.eos_token_id, tokenizer.pad_token_id]]
+    reward = reward_function(scorer, PROMPTS, renderer)
+    assert reward(prompts=[], completions=[], completion_ids=ids, position=[2], trainer_state=None) == [5.0]
+    assert reward.__name__ == "length", "what TRL calls it in its metrics"
+    unscored = reward_function(FunctionScorer(lambda _: None, name="broken"), PROMPTS, renderer)
+    with pytest.raises(ScorerError, match="broken left an answer unscored"):
+        unscored(completion_ids=ids, position=[0])
+
+
+def test_batches_are_those_of_the_recipe(tiny_model: Path, tmp_path: Path) -> None:
+    """8 answers an iteration, 4 a step of 2 micro-batches, 2 epochs of 2 steps, 3 iterations: 12 steps."""
+    recipe = recipe_of(tiny_model, tmp_path, "grpo", num_ppo_epochs=2, kl_coef=0.2, clip_range=0.3).model_copy()
+    recipe = recipe.model_copy(update={"ppo": recipe.ppo.model_copy(update={"num_iterations": 3, "save_steps": 5})})
+    found = arguments(recipe)
+    expected = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "generation_batch_size": 8,
+        "num_generations": 4,
+        "num_iterations": 2,
+        "max_steps": 12,
+        "save_steps": 20,
+        "beta": 0.2,
+        "epsilon": 0.3,
+        "max_completion_length": 4,
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ({"gamma": 0.9, "value_coef": 0.2}, r"trainer: grpo is TRL's and knows no ppo\.gamma, ppo\.value_coef; leave"),
+        ({"value_model": "some-model"}, "knows no value_model; leave"),
+        ({"sampling": Sampling(batch_size=4)}, r"knows no sampling\.batch_size; leave"),
+        ({"num_generations": 3}, r"batch_size 8 must be a multiple of ppo\.num_generations 3"),
+    ],
+)
+def test_keys_that_would_not_be_followed_are_refused(
+    settings: dict[str, Any], wrong: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValidationError, match=wrong):
+        ppo_recipe(tiny_model, **{"trainer": "grpo", "sampling": Sampling(), **GROUP, **settings})
+    with pytest.raises(ValidationError, match="PPO draws one answer a prompt"):
+        ppo_recipe(tiny_model, num_generations=4)
+
+
+def test_too_few_prompts_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_model, tmp_path, "grpo", num_generations=2, batch_size=8)
+    with pytest.raises(SourceError, match="3 prompts do not fill an iteration of trainer grpo, which takes 4"):
+        ppo.run(recipe)

@@ -1,0 +1,63 @@
+"""An update with everything that PPO can have in its loss: two processes have the losses and the gradient of one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+from alignment.recipe import Lora
+from reward.conversation import Conversation, Message
+from tests.ranks import on_ranks
+from tests.test_layouts import ENVIRONMENTS, ROWS, assert_equal, frozen_rollout
+from tests.tiny import SENTENCES
+from tests.tiny_ppo import PAD, UNUSED, ppo_recipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def one_update(policy: Path, per_device: int) -> dict[str, float]:
+    """On one rank: the value model is a second adapter, a pretraining mix is along, the KL is in the loss."""
+    from alignment.actor_critic import load_actor_critic
+    from alignment.distributed import close, make_accelerator, process_index, world_size
+    from alignment.policy import load_tokenizer
+    from alignment.ppo_data import PretrainingMix
+    from alignment.ppo_state import configure_engine, make_optimizer
+    from alignment.ppo_update import Learner, Targets, accumulation_steps, update
+    from reward.render import Renderer
+
+    settings: dict[str, Any] = {"value_trunk": "adapter", "kl_in": "loss", "kl_estimator": "k3", "ptx_coef": 0.7}
+    batch = {"batch_size": ROWS, "mini_batch_size": ROWS, "per_device_batch_size": per_device}
+    recipe = ppo_recipe(policy, lora=Lora(r=4, alpha=8), ptx_data=UNUSED, **settings, **batch)
+    accelerator = make_accelerator(gradient_accumulation_steps=accumulation_steps(recipe))
+    torch.manual_seed(0)
+    actor_critic = load_actor_critic(recipe, pad_token_id=PAD)
+    nn.init.normal_(actor_critic.value_head.weight, generator=torch.Generator().manual_seed(1))
+    configure_engine(accelerator, recipe)
+    engine, optimizer = accelerator.prepare(actor_critic, make_optimizer(actor_critic, recipe))
+    share = ROWS // world_size()
+    rollout, targets = frozen_rollout(policy, range(process_index() * share, (process_index() + 1) * share))
+    turns = zip(SENTENCES[:8:2], SENTENCES[1:8:2], strict=True)
+    conversations = [Conversation((Message("user", asked), Message("assistant", told))) for asked, told in turns]
+    mix = PretrainingMix(conversations, Renderer(load_tokenizer(str(policy))), recipe, max_length=512)
+    learner = Learner(recipe, accelerator, engine, optimizer, pad_token_id=PAD, mix=mix)
+    metrics = update(learner, rollout, Targets(**targets, kl_coef=0.3), iteration=0)
+    close(accelerator, engine)
+    return metrics
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: Path) -> dict[str, float]:
+    (metrics,) = on_ranks(one_update, tiny_model, ROWS, environment=ENVIRONMENTS["ddp"], count=1)
+    assert metrics["grad_norm"] > 0.1
+    assert {"policy_loss", "value_loss", "kl_loss", "ptx_loss"} <= metrics.keys()
+    return metrics
+
+
+@pytest.mark.parametrize("layout", ["ddp", "zero2", "zero3"])
+def test_two_processes_have_the_gradient_of_one(layout: str, tiny_model: Path, alone: dict[str, float]) -> None:
+    for metrics in on_ranks(one_update, tiny_model, 2, environment=ENVIRONMENTS[layout]):
+        assert_equal(metrics, alone)

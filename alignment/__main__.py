@@ -13,13 +13,14 @@ import argparse
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from alignment.artifact import ArtifactError
 from alignment.distributed import is_main_process
 from alignment.health import EXIT_UNHEALTHY, Unhealthy
-from alignment.inputs import InputError, check_inputs, missing_inputs
+from alignment.inputs import InputError, check_inputs, check_rollout_server, missing_inputs
 from alignment.recipe import StageRecipe
 from alignment.recipe_file import Arguments, RecipeError, dump_recipe, load_recipe
 from alignment.sharding import check_sharding
@@ -60,6 +61,7 @@ def run(recipe: StageRecipe) -> int:
         if is_main_process():
             print(f"{recipe.output_dir} is complete: same recipe, data and parents", flush=True)
         return 0
+    check_rollout_server(recipe)
     quiet_libraries()
     from alignment.stages import run_stage
 
@@ -75,9 +77,16 @@ def run(recipe: StageRecipe) -> int:
         return EXIT_STOPPED
     if artifact is not None:
         print(f"{recipe.stage}: {artifact.kind} in {artifact.path}", flush=True)
-        for line in account_lines(artifact.data):
+        for line in (*account_lines(artifact.data), *outcome_lines(artifact.metrics)):
             print(f"  {line}", flush=True)
     return 0
+
+
+def outcome_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """What became of the rows that a stage made or judged, where it counts that."""
+    for name in ("outcomes", "counts", "dropped"):
+        if metrics.get(name):
+            yield f"{name}: " + ", ".join(f"{reason}: {number}" for reason, number in metrics[name].items())
 
 
 def quiet_libraries() -> None:

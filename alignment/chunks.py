@@ -25,18 +25,21 @@ def work_in_chunks(
     folder: Path,
     chunk_size: int,
     name: str,
+    again: Callable[[Row], bool] = lambda _: False,
 ) -> list[Row]:
     """`work(chunk number, items)` for every chunk, each process its share; all rows in order, on every process.
 
     `name` is what the progress calls the items. `work` returns one row per item. Chunks already on disk are not done
-    again.
+    again, but for those with a row of which `again` says that another try may give a better one.
     """
     files: list[Path] = []
     chunks = [items[start : start + chunk_size] for start in range(0, len(items), chunk_size)]
     for number, chunk in enumerate(chunks):
         file = folder / CHUNKS / name / f"{number:06d}.jsonl"
         files.append(file)
-        if number % world_size() != process_index() or file.is_file():
+        if number % world_size() != process_index():
+            continue
+        if file.is_file() and not any(again(row) for _, row in read_json_lines(file)):
             continue
         rows = work(number, chunk)
         if len(rows) != len(chunk):

@@ -185,15 +185,18 @@ def _frozen_config(dtype: torch.dtype) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def gathered(parameters: Iterable[Any]) -> Generator[None]:
-    """Parameters that ZeRO-3 shares out are whole inside, and changes made by the main process are kept."""
+def gathered(parameters: Iterable[Any], *, read_only: bool = False) -> Generator[None]:
+    """Parameters that ZeRO-3 shares out are whole inside, and changes made by the main process are kept.
+
+    `read_only`: there are none, so that none need be sent to the others.
+    """
     shared = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not shared:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(shared, modifier_rank=0):
+    with deepspeed.zero.GatheredParameters(shared, modifier_rank=None if read_only else 0):
         yield
 
 

@@ -44,7 +44,7 @@ class Generator:
             torch.manual_seed(derive_seed(seed, number))
             ids, prompt_length = self.sample([rendered[position] for position in positions])
             for position, row in zip(positions, ids[:, prompt_length:].tolist(), strict=True):
-                answers[position] = self._completion(row)
+                answers[position] = self.completion(row)
         return [answers[position] for position in range(len(prompts))]
 
     @torch.no_grad()
@@ -84,7 +84,8 @@ class Generator:
             )
         return output.cpu(), input_ids.shape[1]
 
-    def _completion(self, row: list[int]) -> Completion:
+    def completion(self, row: list[int]) -> Completion:
+        """The answer that sampled ids are, up to their end token."""
         text, finished = self.renderer.decode(row)
         end = next((i for i, token in enumerate(row) if token in self.renderer.end_ids), len(row) - 1)
         return Completion(text, finished, end + 1)

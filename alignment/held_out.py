@@ -8,6 +8,7 @@ from typing import Any
 
 from alignment.distributed import from_all, process_index, share, world_size
 from alignment.generate import Generator
+from alignment.rollout import AnswerServer, present_answers
 from reward.conversation import Prompt
 from reward.metrics import Mean
 from reward.scorer import Score, Scorer, ScorerError, score_all
@@ -15,22 +16,21 @@ from reward.scorer import Score, Scorer, ScorerError, score_all
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Prompts, and who answers and judges them."""
+    """Prompts, and who answers (`server`: in place of the generator) and judges them."""
 
     prompts: Sequence[Prompt]
     generator: Generator
     scorer: Scorer
+    server: AnswerServer | None = None
 
     def mean_score(self, engine: Any, accelerator: Any, *, seed: int) -> float:
         """Of the answers that were scored, one a prompt, over all processes. ScorerError when none was."""
-        from trl.models.utils import unwrap_model_for_generation
-
         own = share(len(self.prompts), process=process_index(), processes=world_size())
-        engine.eval()
-        # Under ZeRO-3 this gathers the weights once; the processes then step together, so their shares are equal.
-        with unwrap_model_for_generation(engine, accelerator), accelerator.autocast():
-            answers = self.generator.answer([self.prompts[position] for position in own], seed=seed)
-        asked = [self.prompts[position].answer(answer.text) for position, answer in zip(own, answers, strict=True)]
+        prompts = [self.prompts[position] for position in own]
+        answers = present_answers(
+            engine, self.generator, (prompts, own), seed=seed, accelerator=accelerator, server=self.server
+        )
+        asked = [prompt.answer(answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
         found: dict[int, Score] = {}
         for part in from_all(dict(zip(own, score_all(self.scorer, asked), strict=True))):
             found |= part

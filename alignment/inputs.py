@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib
 import importlib.util
+import urllib.request
 from collections.abc import Iterator, Mapping, Set
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -13,6 +15,7 @@ from pydantic import BaseModel
 
 from alignment.agreement_file import Agreement, AgreementError, check_labeller
 from alignment.artifact import Kind, folder_hashes, is_artifact, read_artifact, sha256
+from alignment.distributed import is_main_process
 from alignment.independence import NotIndependentError, check_independent
 from alignment.policy import ModelKind, artifact_of, check_model
 from alignment.recipe import (
@@ -47,7 +50,10 @@ from reward.conversation import fingerprint
 from reward.judge_prompt import Constitution
 from reward.platt import Calibration
 from reward.scorer import ScorerError
-from reward.wire import MIN_TOKEN, read_token
+from reward.wire import MIN_TOKEN, read_token, shorten
+
+MAX_HEALTH_SECONDS = 10.0
+"""How long a server may take to say that it is up."""
 
 
 class InputError(ValueError):
@@ -113,6 +119,29 @@ def check_inputs(recipe: StageRecipe, *, planned: Mapping[str, Kind] | None = No
     if isinstance(recipe, LabellingRecipe) and recipe.agreement not in planned and not recipe.allow_unmeasured:
         for key, problem in measured_labellers(recipe)[1].items():
             raise InputError(f"{key}: {problem}")
+
+
+def check_rollout_server(recipe: StageRecipe) -> None:
+    """Refuse a recipe whose vLLM server is not up, or where the package that sends it the weights is absent.
+
+    The main process alone asks, since it alone will talk to the server.
+    """
+    if not isinstance(recipe, PpoRecipe) or recipe.vllm is None or not is_main_process():
+        return
+    if _find_module("vllm") is None:
+        raise InputError(
+            "vllm: its package sends the weights here, too, and is not installed; install sara-align[vllm]"
+        )
+    url = f"{recipe.vllm.base_url.rstrip('/')}/health"
+    try:
+        with urllib.request.urlopen(url, timeout=min(recipe.vllm.timeout_seconds, MAX_HEALTH_SECONDS)):
+            pass
+    except (OSError, http.client.HTTPException) as error:
+        raise InputError(
+            shorten(
+                f"vllm.base_url: {url} does not answer ({error or type(error).__name__}); start `trl vllm-serve` first"
+            )
+        ) from error
 
 
 def check_scorer(spec: ScorerSpec) -> None:
@@ -242,13 +271,17 @@ def _named_files(values: Any, *, except_for: Set[str] = frozenset()) -> dict[str
 
 def scorer_fingerprint(spec: ScorerSpec) -> str:
     """Changes when a scorer may score otherwise: with its section, and with every artifact, file, model folder and
-    module that it names, as they are now. How it is run (`HOW_IT_IS_RUN`) does not count."""
+    module that it names, an adapter's base among them, as they are now. How it is run (`HOW_IT_IS_RUN`) does not
+    count."""
     section = _without(spec.model_dump(mode="json"), HOW_IT_IS_RUN)
     named: dict[str, Any] = {**_named_files(section), **_module_hashes(spec, "scorer")}
     for key, part in sections_of(spec, "scorer"):
-        for model_key, model, _ in _models_of_section(key, part):
+        for model_key, model, kind in _models_of_section(key, part):
             if Path(model).is_dir() and not is_artifact(model):
                 named[model_key] = folder_hashes(Path(model))
+                base = adapter_base(model) if kind == "judge" else None
+                if base is not None and Path(base).is_dir():
+                    named[f"{model_key}.base"] = folder_hashes(Path(base))
     return fingerprint([section, named])
 
 

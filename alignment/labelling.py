@@ -32,7 +32,8 @@ class Label:
     is to know.
 
     `probability`: P(safe) where it was measured; `rationale`: the explanation that a judge wrote; `truncated`: the
-    labeller did not see all of the conversation.
+    labeller did not see all of the conversation; `transient`: it could not tell for a reason that another time may be
+    gone, such as a busy server.
     """
 
     safe: bool | None
@@ -40,6 +41,7 @@ class Label:
     probability: float | None = None
     rationale: str = ""
     truncated: bool = False
+    transient: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,7 +69,14 @@ def _label(score: Score, scorer: Scorer, threshold: float, verdict: Verdict | No
     safe = None if probability is None else probability >= threshold
     if verdict is None:
         return Label(safe, score.reason, probability)
-    return Label(safe, score.reason, verdict.probability, verdict.rationale, verdict.truncated)
+    return Label(
+        safe,
+        score.reason,
+        verdict.probability,
+        rationale=verdict.rationale,
+        truncated=verdict.truncated,
+        transient=verdict.transient,
+    )
 
 
 @dataclass(frozen=True)
@@ -83,14 +92,17 @@ def ask_labeller(
 ) -> Labelled:
     """Label in chunks that are kept in `folder`; a labeller that has nothing left to say is not loaded.
 
-    ScorerError when it leaves more than `recipe.max_unscored` of the answers unscored.
+    ScorerError when it leaves more than `recipe.max_unscored` of the answers unscored. A stage that starts again, after
+    that or after a kill, asks once more in the chunks where a reason was transient.
     """
     scorer = cache(lambda: build_scorer(spec))
 
     def work(_: int, chunk: Sequence[Conversation]) -> list[Row]:
         return [label.to_json() for label in label_all(scorer(), chunk, threshold=recipe.threshold)]
 
-    rows = work_in_chunks(conversations, work, folder=folder, chunk_size=_CHUNK, name=name)
+    rows = work_in_chunks(
+        conversations, work, folder=folder, chunk_size=_CHUNK, name=name, again=lambda row: row["transient"]
+    )
     labels = [Label(**row) for row in rows]
     check_unscored(labels, name=spec.type, limit=recipe.max_unscored)
     return Labelled(labels, describe(spec))

@@ -13,7 +13,8 @@ from alignment.recipe import PpoRecipe
 from alignment.rollout import Rollout
 
 EXACT_LIMIT, ROUNDED_LIMIT = 1e-3, 0.1
-"""Nats, mean over tokens: where all is computed in float32, and where something is rounded (bfloat16, TF32)."""
+"""Nats, mean over tokens: where all is computed in float32 by one engine, and where something is rounded (bfloat16,
+TF32) or a server draws the answers, with kernels and a number format of its own."""
 _ASKED_AGAIN = 4
 
 
@@ -36,7 +37,8 @@ def logprob_limit(recipe: PpoRecipe, *, mixed_precision: str) -> float:
     if recipe.health.max_logprob_difference is not None:
         return recipe.health.max_logprob_difference
     init = recipe.model_init
-    exact = init.dtype == "float32" and init.quantization is None and mixed_precision == "no"
+    alone = recipe.vllm is None and init.quantization is None
+    exact = alone and init.dtype == "float32" and mixed_precision == "no"
     return EXACT_LIMIT if exact and recipe.float32_matmul_precision == "highest" else ROUNDED_LIMIT
 
 

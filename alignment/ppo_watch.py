@@ -12,7 +12,7 @@ from alignment.health import MISMATCH, Alarm, HealthState, Unhealthy, observe
 from alignment.logprob_check import compare_logprobs, likely_cause, logprob_limit
 from alignment.probes import COLUMNS, Probes, gold_metrics
 from alignment.recipe import PpoRecipe
-from alignment.rollout import Rollout
+from alignment.rollout import AnswerServer, Rollout
 from alignment.scoring import build_scorer
 from alignment.tracking import Tracker
 from reward.scorer import Score, Scorer
@@ -31,8 +31,17 @@ class Watch:
     gold: Scorer | None
 
     @classmethod
-    def of(cls, recipe: PpoRecipe, accelerator: Any, engine: Any, model: ActorCritic, generator: Generator) -> Watch:
-        probes = Probes.load(recipe, model.policy, generator.renderer)
+    def of(
+        cls,
+        recipe: PpoRecipe,
+        accelerator: Any,
+        engine: Any,
+        model: ActorCritic,
+        generator: Generator,
+        *,
+        server: AnswerServer | None = None,
+    ) -> Watch:
+        probes = Probes.load(recipe, model.policy, generator.renderer, server)
         gold = None if recipe.gold_scorer is None else build_scorer(recipe.gold_scorer)
         return cls(recipe, accelerator, engine, model, generator, probes, gold)
 

@@ -9,6 +9,7 @@ from typing import Any
 from alignment.distributed import from_all, process_index, share, world_size
 from alignment.generate import Generator, fitting_prompts
 from alignment.recipe import PpoRecipe, Sampling
+from alignment.rollout import AnswerServer, present_answers
 from alignment.scoring import build_scorer
 from alignment.sources import load_prompts
 from alignment.tracking import Cell
@@ -43,15 +44,18 @@ class ProbeReport:
 
 @dataclass(frozen=True)
 class Probes:
-    """The same adversarial and borderline prompts each time, answered greedily."""
+    """The same adversarial and borderline prompts each time, answered greedily, by the `server` where there is one."""
 
     generator: Generator
     adversarial: Sequence[Prompt]
     borderline: Sequence[Prompt]
     violation_scorer: Scorer
+    server: AnswerServer | None = None
 
     @classmethod
-    def load(cls, recipe: PpoRecipe, policy: Any, renderer: Renderer) -> Probes | None:
+    def load(
+        cls, recipe: PpoRecipe, policy: Any, renderer: Renderer, server: AnswerServer | None = None
+    ) -> Probes | None:
         """None when the recipe has no probes. Of each set the first `max_prompts` that fit."""
         settings = recipe.probes
         if settings is None:
@@ -67,18 +71,17 @@ class Probes:
             length = min(data.max_length, sampling.max_prompt_tokens)
             fitting, _ = fitting_prompts(load_prompts(data, seed=recipe.seed).records, renderer, max_length=length)
             sets.append(fitting[: settings.max_prompts])
-        return cls(Generator(policy, renderer, sampling), sets[0], sets[1], build_scorer(settings.violation_scorer))
+        generator, scorer = Generator(policy, renderer, sampling), build_scorer(settings.violation_scorer)
+        return cls(generator, sets[0], sets[1], scorer, server)
 
     def measure(self, engine: Any, accelerator: Any) -> ProbeReport:
         """Ask all prompts; the same report on every process. All processes call it together."""
-        from trl.models.utils import unwrap_model_for_generation
-
         prompts = [*self.adversarial, *self.borderline]
         own = share(len(prompts), process=process_index(), processes=world_size())
-        engine.eval()
-        # Under ZeRO-3 this gathers the weights once; the processes then step together, so their shares are equal.
-        with unwrap_model_for_generation(engine, accelerator), accelerator.autocast():
-            answers = self.generator.answer([prompts[position] for position in own], seed=0)
+        asked = [prompts[position] for position in own]
+        answers = present_answers(
+            engine, self.generator, (asked, own), seed=0, accelerator=accelerator, server=self.server
+        )
         texts = {position: answer.text for position, answer in zip(own, answers, strict=True)}
         verdicts = self._verdicts({position: prompts[position].answer(text) for position, text in texts.items()})
         everywhere: dict[int, tuple[str, bool | None]] = {}

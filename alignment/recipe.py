@@ -18,8 +18,10 @@ from alignment.recipe_parts import Source as Source
 from alignment.recipe_parts import WandbSettings as WandbSettings
 from alignment.recipe_ppo import Ppo as Ppo
 from alignment.recipe_ppo import PpoRecipe
+from alignment.recipe_ppo import Vllm as Vllm
 from alignment.recipe_scorers import (
     Finite,
+    Fraction,
     NonNegativeFloat,
     ScorerSpec,
     Section,
@@ -101,7 +103,10 @@ class HarmfulnessModelRecipe(StageRecipe):
 
 
 class RejectionSamplingRecipe(StageRecipe):
-    """Best of K as new fine-tuning data (Llama 2, section 3.2.3). `keep_unfinished`: answers cut off may win too."""
+    """Best of K as new fine-tuning data (Llama 2, section 3.2.3). `keep_unfinished`: answers cut off may win too.
+
+    `max_unscored`: the stage stops where the scorer leaves a larger share of a batch's answers unscored.
+    """
 
     stage: Literal["rejection_sampling"] = "rejection_sampling"
     model: str
@@ -110,6 +115,7 @@ class RejectionSamplingRecipe(StageRecipe):
     scorer: ScorerSpec
     num_samples: Annotated[int, Field(ge=2)] = 20  # [GAP] K; figure 26 uses 20
     keep_unfinished: bool = False
+    max_unscored: Fraction = 0.2  # [GAP]
     sampling: Sampling = Sampling(temperature=1.2)
 
 
@@ -117,7 +123,8 @@ class ContextDistillationRecipe(StageRecipe):
     """Safety context distillation (Llama 2, section 4.2.4); adversarial prompts only.
 
     `preprompts`: a file with one preprompt per paragraph (None: our own); `min_gain`: how much better, in raw score,
-    the answer with the preprompt must be to be kept; `keep_unfinished`: also when it was cut off.
+    the answer with the preprompt must be to be kept; `keep_unfinished`: also when it was cut off. `max_unscored`: the
+    stage stops where the scorer leaves a larger share of a batch's answers unscored.
     """
 
     stage: Literal["context_distillation"] = "context_distillation"
@@ -128,6 +135,7 @@ class ContextDistillationRecipe(StageRecipe):
     preprompts: str | None = None
     min_gain: NonNegativeFloat = 0.0
     keep_unfinished: bool = False
+    max_unscored: Fraction = 0.2  # [GAP]
     sampling: Sampling = Sampling(temperature=1.0)
 
 

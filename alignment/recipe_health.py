@@ -44,7 +44,7 @@ class Health(Section):
     """What each alarm does, and its limit; `alignment/health.py` says when it is raised.
 
     None of this changes what is learned: an unfinished run goes on under other limits. `max_logprob_difference`: mean
-    over the tokens of a rollout, in nats (None: 0.001 where all is computed in float32, else 0.1).
+    over the tokens of a rollout, in nats (None: 0.001 where all is computed in float32 and in process, else 0.1).
     """
 
     window: Annotated[int, Field(ge=2)] = 5

@@ -17,7 +17,10 @@ from alignment.recipe_scorers import (
     PositiveFloat,
     PositiveInt,
     ScorerSpec,
+    Section,
 )
+from reward.conversation import fingerprint
+from reward.wire import parse_url
 
 
 class Ppo(Optimizer):
@@ -87,7 +90,28 @@ _OF_ALL_TRAINERS = {
 }
 """Settings that TRL's trainers have as well; its KL estimators and their places are its own."""
 _OF_ALL_SAMPLING = {"temperature", "top_p", "max_new_tokens", "max_prompt_tokens"}
-_OF_PPO_ALONE = ("value_model", "ptx_data", "eval_prompts", "probes", "gold_scorer", "gold_steps", "health")
+_OF_PPO_ALONE = ("value_model", "ptx_data", "eval_prompts", "probes", "gold_scorer", "gold_steps", "health", "vllm")
+
+
+class Vllm(Section):
+    """A server of `trl vllm-serve` that draws the answers of PPO's rollouts, with the policy's weights in it.
+
+    `group_port`: of the main process, where the server fetches the weights. `timeout_seconds`: of one request, the
+    taking of all weights included. `concurrency`: requests on their way at one time.
+    """
+
+    base_url: str
+    group_port: Annotated[int, Field(ge=1, le=65535)] = 51216
+    timeout_seconds: PositiveFloat = 240.0
+    concurrency: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _usable_url(self) -> Vllm:
+        try:
+            parse_url(self.base_url, with_token=False)
+        except ValueError as error:
+            raise ValueError(f"base_url: {error}") from error
+        return self
 
 
 class PpoRecipe(StageRecipe):
@@ -96,7 +120,8 @@ class PpoRecipe(StageRecipe):
 
     `ptx_data`: conversations of the pretraining mix, weighted by `ppo.ptx_coef`. `eval_prompts`: held-out prompts, by
     whose mean score the final policy is chosen. `gold_scorer`: one that PPO never sees scores the rollout of every
-    `gold_steps`-th iteration too. `health` changes nothing that is learned, so it is no part of the recipe's hash.
+    `gold_steps`-th iteration too. `health` changes nothing that is learned, so it is no part of the recipe's hash; of
+    `vllm` only whether it is there.
     """
 
     stage: Literal["ppo"] = "ppo"
@@ -115,8 +140,13 @@ class PpoRecipe(StageRecipe):
     sampling: Sampling = Sampling(temperature=1.0)
     ppo: Ppo = Ppo()
     health: Health = Health()
+    vllm: Vllm | None = None
 
-    machine_keys: ClassVar[frozenset[str]] = StageRecipe.machine_keys | {"health"}
+    machine_keys: ClassVar[frozenset[str]] = StageRecipe.machine_keys | {"health", "vllm"}
+
+    @property
+    def hash(self) -> str:
+        return super().hash if self.vllm is None else fingerprint([super().hash, "vllm"])
 
     @model_validator(mode="after")
     def _value_model_needs_its_own_trunk(self) -> PpoRecipe:
@@ -128,6 +158,14 @@ class PpoRecipe(StageRecipe):
             raise ValueError("a quantized policy trains only with lora")
         if self.ppo.reference == "sharded" and self.lora is not None:
             raise ValueError("ppo.reference: with lora the reference is the adapter switched off; leave the key out")
+        return self
+
+    @model_validator(mode="after")
+    def _a_server_takes_whole_weights(self) -> PpoRecipe:
+        if self.vllm is not None and self.model_init.quantization is not None:
+            raise ValueError(
+                "vllm: the server takes whole weights, and model_init.quantization leaves none; leave one out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from alignment.actor_critic import ActorCritic, Batch, TokenOutputs
 from alignment.distributed import process_index, world_size
-from alignment.generate import Generator, SampledLogprobs, batched, derive_seed
-from alignment.recipe import PpoRecipe
+from alignment.generate import Completion, Generator, SampledLogprobs, batched, derive_seed
+from alignment.recipe import PpoRecipe, Sampling
 from reward.conversation import Conversation, Prompt
 
 
@@ -83,6 +83,39 @@ def _permutation(n: int, seed: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+class AnswerServer(Protocol):
+    """An engine outside of this process that draws the answers with the policy's present weights."""
+
+    def sample_answers(
+        self, prompts: Sequence[Prompt], rows: Sequence[int], *, seed: int, sampling: Sampling | None = None
+    ) -> tuple[list[list[int]], list[list[int]], list[Tensor]]: ...
+
+
+def present_answers(
+    engine: Any,
+    generator: Generator,
+    prompts: tuple[Sequence[Prompt], Sequence[int]],
+    *,
+    seed: int,
+    accelerator: Any,
+    server: AnswerServer | None,
+) -> list[Completion]:
+    """Answers of the present policy to prompts (with their rows) outside of a rollout, as `generator` samples.
+
+    All processes call it together, with as many prompts each.
+    """
+    from trl.models.utils import unwrap_model_for_generation
+
+    asked, rows = prompts
+    engine.eval()
+    if server is not None:
+        _, ids, _ = server.sample_answers(asked, rows, seed=seed, sampling=generator.sampling)
+        return [generator.completion(row) for row in ids]
+    # Under ZeRO-3 this gathers the weights once; the processes then step together, so their shares are equal.
+    with unwrap_model_for_generation(engine, accelerator), accelerator.autocast():
+        return generator.answer(asked, seed=seed)
+
+
 def collect_rollout(
     engine: Any,
     reference: ActorCritic | None,
@@ -93,21 +126,24 @@ def collect_rollout(
     iteration: int,
     accelerator: Any,
     between_batches: Callable[[], None] | None = None,
+    server: AnswerServer | None = None,
 ) -> Rollout:
     """Answer the prompts with the current policy, then evaluate policy, reference and values on the answers.
 
-    `between_batches` is called on all processes together before each batch of answers, and may raise.
+    `between_batches` is called on all processes together before each batch of answers, and may raise. `server`: draws
+    them all, in place of the generator.
     """
-    from trl.models.utils import unwrap_model_for_generation
-
     batch, rows = prompts
     engine.eval()
-    # Under ZeRO-3 this gathers the weights, once per rollout.
-    with unwrap_model_for_generation(engine, accelerator), accelerator.autocast():
-        seed = derive_seed(recipe.seed, iteration)
-        prompt_ids, completion_ids, sampled = sample_answers(
-            generator, batch, rows, seed=seed, between_batches=between_batches
+    seed = derive_seed(recipe.seed, iteration)
+    if server is None:
+        prompt_ids, completion_ids, sampled = _sample_in_process(
+            engine, generator, prompts, seed=seed, accelerator=accelerator, between_batches=between_batches
         )
+    else:
+        if between_batches is not None:
+            between_batches()
+        prompt_ids, completion_ids, sampled = server.sample_answers(batch, rows, seed=seed)
     texts = [generator.renderer.decode(ids) for ids in completion_ids]
     with accelerator.autocast():  # the engine brings its own, the reference does not
         mask, logprobs, ref_logprobs, entropies, values = evaluate_tokens(
@@ -131,6 +167,22 @@ def collect_rollout(
         entropies,
         values,
     )
+
+
+def _sample_in_process(
+    engine: Any,
+    generator: Generator,
+    prompts: tuple[list[Prompt], list[int]],
+    *,
+    seed: int,
+    accelerator: Any,
+    between_batches: Callable[[], None] | None,
+) -> tuple[list[list[int]], list[list[int]], list[Tensor]]:
+    from trl.models.utils import unwrap_model_for_generation
+
+    # Under ZeRO-3 this gathers the weights, once per rollout.
+    with unwrap_model_for_generation(engine, accelerator), accelerator.autocast():
+        return sample_answers(generator, *prompts, seed=seed, between_batches=between_batches)
 
 
 def sample_answers(

@@ -58,14 +58,23 @@ class Scorer(Protocol):
         ...
 
 
-def score_all(scorer: Scorer, conversations: Sequence[Conversation]) -> list[Score]:
-    """`scorer.score`, with its contract checked: as many scores as conversations, each a `Score`."""
+def score_all(scorer: Scorer, conversations: Sequence[Conversation], *, max_unscored: float = 1.0) -> list[Score]:
+    """`scorer.score`, with its contract checked: as many scores as conversations, each a `Score`.
+
+    ScorerError, too, when more than the share `max_unscored` of them has no value.
+    """
     scores = scorer.score(conversations)
     if len(scores) != len(conversations):
         raise ScorerError(f"{scorer.name} returned {len(scores)} scores for {len(conversations)} conversations")
     for score in scores:
         if not isinstance(score, Score):
             raise ScorerError(f"{scorer.name} returned {type(score).__name__} instead of Score")
+    unscored = [score for score in scores if score.value is None]
+    if len(unscored) > max_unscored * len(scores):
+        raise ScorerError(
+            f"{scorer.name} left {len(unscored)} of {len(scores)} answers unscored ({unscored[0].reason}), over "
+            f"max_unscored={max_unscored:g}"
+        )
     return scores
 
 

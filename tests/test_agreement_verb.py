@@ -300,3 +300,37 @@ def test_what_is_no_report(tmp_path: Path, text: str | None, message: str) -> No
         (tmp_path / "agreement.json").write_text(text, encoding="utf-8")
     with pytest.raises(AgreementError, match=message):
         read_agreement(tmp_path)
+
+
+def test_labels_of_several_data_sets_in_one_report(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real labels of five sources, each with its own line; a judge that always says the same has a half everywhere."""
+    monkeypatch.setenv("SARA_DATA_DIR", str(data_dir))
+    names = ["beavertails", "saferlhf_labels", "pku_saferlhf", "gptfuzz", "xstest_completions"]
+    words = [
+        "judge-agreement",
+        "{type: refusal}",
+        "--data",
+        *names,
+        "--limit",
+        "600",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(words) == 0
+    report = report_in(tmp_path / "out")
+    found = report["scorers"][0]["agreement"]
+    assert set(found["by_source"]) == set(names)
+    assert sum(part["n"] for part in found["by_source"].values()) == report["conversations"]["n"] == 600
+    labels = [(row["tags"]["source"], row["safe"]) for row in rows_in(tmp_path / "out" / "conversations.jsonl")]
+    assert {name: [n for n, _ in labels].count(name) for name in names} == {
+        name: part["n"] for name, part in found["by_source"].items()
+    }
+    assert report["conversations"]["unsafe"] == sum(not safe for _, safe in labels) > 0
+    for constant in report["baselines"].values():
+        assert constant["balanced_accuracy"]["value"] == 0.5
+
+
+def rows_in(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

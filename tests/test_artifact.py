@@ -265,6 +265,17 @@ def test_after_a_kill_only_the_missing_chunks_are_done(tmp_path: Path) -> None:
     assert [row["item"] for row in rows] == list(range(20))
 
 
+def test_chunks_with_a_row_that_may_get_better_are_done_again(tmp_path: Path) -> None:
+    work = Work()
+    work_in_chunks(range(20), work, folder=tmp_path, chunk_size=6, name="items")
+    once_more = Work()
+    rows = work_in_chunks(
+        range(20), once_more, folder=tmp_path, chunk_size=6, name="items", again=lambda row: row["item"] in (7, 19)
+    )
+    assert (work.done, once_more.done) == ([0, 1, 2, 3], [1, 3])
+    assert [row["item"] for row in rows] == list(range(20))
+
+
 @pytest.mark.parametrize("wrong", [lambda rows: rows[:-1], lambda rows: [*rows, rows[0]], lambda rows: []])
 def test_a_chunk_of_the_wrong_length_is_refused_and_not_kept(
     tmp_path: Path, wrong: Callable[[list[Any]], list[Any]]

@@ -34,6 +34,7 @@ DOCUMENTED = {
     "`source`": models.Source,
     "`training`": models.Training,
     "`ppo` settings": models.Ppo,
+    "`vllm`": models.Vllm,
     "`probes`": recipe_health.Probes,
     "`health`": recipe_health.Health,
     "`sampling`": models.Sampling,

@@ -9,14 +9,19 @@ from typing import Any
 import pytest
 
 from alignment.artifact import Artifact
+from alignment.judge_lessons import WORDLESS
 from alignment.recipe import Data, JudgeDataRecipe, Source
 from alignment.recipe_file import RecipeError, validate
+from alignment.recipe_scorers import GUIDELINES as DEFAULTS
 from alignment.sources import SourceError, account_lines, load_conversations
 from alignment.stages.judge_data import run
+from reward.backends import ScriptedBackend
 from reward.conversation import read_json_lines, write_json_lines
+from reward.judge import JudgeScorer
+from reward.judge_prompt import Constitution
 from reward.scorer import ScorerError
 from reward.verdict import parse_verdict
-from tests.judge_slots import read_slots
+from tests.judge_slots import GUIDELINES, read_slots
 
 LAST, FIRST = "tests.scorers:last_word", "tests.scorers:first_word"
 PEOPLE = {"type": "people"}
@@ -140,7 +145,7 @@ def test_the_agreement_of_the_labellers_by_hand(tiny_model: Path, tmp_path: Path
 
 def test_people_label_what_they_labelled_and_every_answer_counts_once(tiny_model: Path, tmp_path: Path) -> None:
     labelled = source(tmp_path, "labelled", [{"prompt": "A", "completion": "a", "safe": False}])
-    pair = {"prompt": "A", "chosen": "b", "rejected": "a", "chosen_safe": True, "rejected_safe": True}
+    pair = {"prompt": "A", "chosen": "b", "rejected": "a", "chosen_safe": True, "rejected_safe": False}
     judged = {"prompt": "B", "chosen": "c", "rejected": "d", "chosen_safe": True, "rejected_safe": False}
     pairs = source(tmp_path, "pairs", [pair, judged | {"label_source": "judge"}])
     plain = source(tmp_path, "answers", [{"prompt": "A", "completion": "b"}, {"prompt": "C", "completion": "e"}])
@@ -157,6 +162,35 @@ def test_people_label_what_they_labelled_and_every_answer_counts_once(tiny_model
     assert artifact.data["labellers"] == {"first": PEOPLE}
     assert artifact.metrics["outcomes"] == {"labelled": 2, "no label of the first labeller": 3}
     assert not list(account_lines(artifact.data)), "nothing was dropped when it was read"
+
+
+def test_people_who_contradict_each_other_give_no_label(tiny_model: Path, tmp_path: Path) -> None:
+    """Whatever the order of the places; and a label stands behind a place that has none."""
+    labelled = source(tmp_path, "labelled", [{"prompt": "A", "completion": text, "safe": True} for text in "ab"])
+    judged = {"prompt": "B", "chosen": "c", "rejected": "d", "chosen_safe": True, "rejected_safe": False}
+    torn = {"prompt": "A", "chosen": "b", "rejected": "a", "chosen_safe": True, "rejected_safe": False}
+    pairs = source(tmp_path, "pairs", [judged | {"label_source": "judge"}, torn, judged | {"rejected": "e"}])
+    artifact = made(tmp_path, tiny_model, labelled=labelled, pairs=pairs, first=PEOPLE)
+    found = {row["messages"][-1]["content"]: row["people"] for row in lines(artifact, "verdicts")}
+    assert found == {"a": None, "b": True, "c": True, "d": None, "e": False}
+    assert (artifact.data["repeated"], artifact.data["contradicted"]) == (3, 1)
+
+
+@pytest.mark.parametrize("number", [0, 1, 19, 20, 21, 1000])
+def test_every_answer_has_its_line_and_its_lesson(number: int, tiny_model: Path, tmp_path: Path) -> None:
+    """A safe and an unsafe answer by people, and so many more by a labeller."""
+    known = [
+        {"prompt": f"people {safe}", "completion": f"{p} so {p}", "safe": safe} for safe, p in ((True, G), (False, B))
+    ]
+    more = [{"prompt": f"{n}?", "completion": f"{G} at {n} {G}"} for n in range(number)]
+    data = {"labelled": source(tmp_path, "labelled", known)}
+    if more:
+        data["answers"] = source(tmp_path, "answers", more)
+    artifact = made(tmp_path, tiny_model, **data, first=python(FIRST), second=python(LAST), modes=["score"])
+    verdicts, records = lines(artifact, "verdicts"), lines(artifact, "records")
+    assert [row["messages"][0]["content"] for row in verdicts] == [row["prompt"] for row in known + more]
+    assert [row["rows"] for row in verdicts] == [[n] for n in range(number + 2)]
+    assert len(records) == number + 2
 
 
 def test_balance_leaves_out_the_more_frequent_label(tiny_model: Path, tmp_path: Path) -> None:
@@ -217,3 +251,40 @@ def test_recipes_that_cannot_teach_are_refused(changes: dict[str, Any], wrong: s
     values = {"labelled": {"sources": [{"name": "beavertails"}]}, "first": PEOPLE}
     with pytest.raises(RecipeError, match=wrong):
         recipe(tmp_path, tmp_path, **(values | changes))
+
+
+# --------------------------------------------------------------------------------------------- labellers that write
+
+
+def test_what_both_judges_wrote_is_kept_and_the_one_that_agrees_is_taught(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `combine: second` the first judge's explanation of another verdict is no explanation of this one."""
+    texts = {
+        "one_shot": "Evaluation: It helps.\nChatbot is: good.",
+        "two_shot": "Evaluation: It harms.\nChatbot is: bad.",
+    }
+
+    def scripted(spec: Any) -> JudgeScorer:
+        return JudgeScorer(
+            ScriptedBackend(lambda _: texts["two_shot" if spec.prompt == "two_shot" else "one_shot"]),
+            GUIDELINES,
+            mode="explain",
+        )
+
+    monkeypatch.setattr("alignment.labelling.build_scorer", scripted)
+    judge = {"type": "judge", "model": str(tiny_model), "mode": "explain"}
+    data = source(tmp_path, "labelled", [{"prompt": "A", "completion": "a", "safe": True}])
+    with pytest.raises(SourceError, match="no answer is labelled safe"):
+        made(tmp_path, tiny_model, labelled=data, first=judge, second=judge | {"prompt": "two_shot"}, combine="second")
+    known = [{"prompt": "A", "completion": "a", "safe": True}, {"prompt": "B", "completion": "b", "safe": False}]
+    data = source(tmp_path, "labelled", known)
+    artifact = made(
+        tmp_path, tiny_model, labelled=data, first=PEOPLE, second=judge | {"prompt": "two_shot"}, combine="first"
+    )
+    rows = lines(artifact, "verdicts")
+    assert [row["second"]["rationale"] for row in rows] == ["It harms.", "It harms."]
+    assert {row["second"]["labeller"]["guidelines"] for row in rows} == {Constitution.read(DEFAULTS).hash}
+    taught = [row["messages"][-1]["content"] for row in lines(artifact, "records")]
+    assert taught[1].startswith(f"Evaluation: {WORDLESS[True]}")  # the judge found otherwise
+    assert taught[3] == "Evaluation: It harms.\nChatbot is: bad."

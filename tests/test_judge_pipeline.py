@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from alignment.__main__ import main
 from alignment.artifact import Artifact, read_artifact
+from alignment.fitting import save_final
 from alignment.inputs import scorer_fingerprint
 from alignment.recipe import JudgeAgreementRecipe, JudgeDataRecipe, LabelRecipe, SftRecipe, StageRecipe
 from alignment.recipe_file import load_pipeline, load_recipe
@@ -103,6 +105,17 @@ def run_step(step: str, run_dir: Path, model: Path, **more: str) -> int:
     return main(words)
 
 
+def note_layers(folder: Path) -> Callable[..., None]:
+    """`save_final` that first writes down of what kind the layers were that the trainer trained."""
+
+    def save(trainer: Any, *words: Any, **settings: Any) -> None:
+        kinds = {name: type(module).__name__ for name, module in trainer.model.named_modules()}
+        (folder / "layers.json").write_text(json.dumps(kinds), encoding="utf-8")
+        save_final(trainer, *words, **settings)
+
+    return save
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
     """A run folder in which every step of the pipeline is complete; `label` needed a word to get past its gate."""
@@ -111,6 +124,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.delenv("SARA_DATA_DIR", raising=False)
+        patch.setattr("alignment.stages.sft.save_final", note_layers(folder))
         for step in load_pipeline(RECIPES / "pipeline.yaml").steps:
             gated = step.name in ("judge_data", "label")
             if step.name == "label":
@@ -155,6 +169,12 @@ def test_int8_with_adapters_ran_as_the_recipe_says(run_dir: Path) -> None:
     recipe = load_recipe(run_dir / "judge" / "recipe.yaml")
     assert isinstance(recipe, SftRecipe)
     assert recipe.model_init.quantization == "int8"
+    layers = json.loads((run_dir / "layers.json").read_text(encoding="utf-8"))
+    kinds = {name.rpartition(".layers.")[2]: kind for name, kind in layers.items() if ".layers." in name}
+    adapted = {name for name, kind in kinds.items() if name.endswith(("q_proj", "v_proj"))}
+    assert {kinds[name] for name in adapted} == {"Linear8bitLt"}, "an adapter around an int8 layer"
+    assert {kinds[f"{name}.base_layer"] for name in adapted} == {"Linear8bitLt"}
+    assert {kind for name, kind in kinds.items() if name.endswith(("k_proj", "down_proj"))} == {"Linear8bitLt"}
 
 
 def test_a_judge_that_agrees_with_nobody_labels_with_a_note(run_dir: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from alignment.labelling import Label, check_unscored, label_all
 from alignment.recipe import LabelRecipe
 from alignment.recipe_file import RecipeError, validate
+from alignment.sources import SourceError
 from alignment.stages.label import answers_of, best_and_worst, label_pairs, run, safe_ones
 from reward.backends import Failure, ScriptedBackend
 from reward.conversation import Conversation, Preference, Prompt, read_json_lines, write_json_lines
@@ -44,7 +45,11 @@ def test_a_judges_label_has_its_explanation_and_its_silence_a_reason() -> None:
         "three": Failure("time-out", transient=True),
     }
     labels = label_all(judge(replies), conversations(*replies), threshold=0.5)
-    assert labels == [Label(True, rationale="Kind."), Label(False, rationale="Cruel."), Label(None, "time-out")]
+    assert labels == [
+        Label(True, rationale="Kind."),
+        Label(False, rationale="Cruel."),
+        Label(None, "time-out", transient=True),
+    ]
     assert [label.value for label in labels] == [1.0, 0.0, None]
 
 
@@ -223,6 +228,42 @@ def test_a_killed_stage_asks_for_what_is_missing_only(tmp_path: Path, monkeypatc
     assert artifact is not None
     assert len(lines(artifact.path / "records.jsonl")) == 40
     assert json.loads((artifact.path / "manifest.json").read_text())["kind"] == "conversations"
+
+
+def test_a_busy_server_is_asked_again_and_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage fails on too many time-outs; what it knows by then stays, and the rest is asked when it starts anew."""
+    rows = [{"prompt": f"{n}?", "completion": f"{n}"} for n in range(70)]
+    work = recipe(tmp_path, rows, task="filter", scorer={"type": "judge", "model": "m", "mode": "explain"})
+    good, late = "Evaluation: Kind.\nChatbot is: good.", Failure("time-out", transient=True)
+    replies: dict[str, str | Failure] = {f"{n}": late if n in (40, 41) else good for n in range(70)}
+    busy = judge(replies)
+    monkeypatch.setattr("alignment.labelling.build_scorer", lambda _: busy)
+    with pytest.raises(ScorerError, match=r"judge left 2 of 70 answers unscored \(time-out\)"):
+        run(work)
+    rested = judge(dict.fromkeys(replies, good))
+    monkeypatch.setattr("alignment.labelling.build_scorer", lambda _: rested)
+    artifact = run(work)
+    assert artifact is not None
+    assert artifact.metrics["counts"] == {"safe": 70}
+    assert rested.counts == {"good": 32}, "the chunk with the two alone"
+
+
+@pytest.mark.parametrize("number", COUNTS)
+@pytest.mark.parametrize("task", ["filter", "safety_labels"])
+def test_as_many_rows_as_came_in(tmp_path: Path, task: str, number: int) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": f"{n}?", "completion": f"{n} 0.9"} for n in range(number)]
+    if task == "safety_labels":
+        rows = [{"prompt": f"{n}?", "chosen": f"{n} 0.9", "rejected": f"{n} 0.2"} for n in range(number)]
+    work = recipe(tmp_path, rows, task=task)
+    if not number:
+        with pytest.raises(SourceError, match="rows"):
+            run(work)
+        return
+    artifact = run(work)
+    assert artifact is not None
+    for name in ("records", "verdicts"):
+        assert len(lines(artifact.path / f"{name}.jsonl")) == number
+    assert artifact.metrics["num_records"] == artifact.metrics["num_kept"] == number
 
 
 @pytest.mark.parametrize(

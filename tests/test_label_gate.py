@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from alignment.recipe_file import validate
 from alignment.recipe_scorers import GUIDELINES, JudgeScorer
 from reward.conversation import write_json_lines
 from reward.judge_prompt import Constitution
+from reward.platt import Calibration
 from tests.conftest import ROOT
+from tests.test_backends import make_adapter
 
 SCORER = {"type": "python", "function": "tests.scorers:last_word", "scale": "probability"}
 FOUND = Agreement(
@@ -225,3 +228,60 @@ def test_a_report_that_a_step_before_makes_is_waited_for(folder: Path) -> None:
     assert main(["--config", str(folder / "agreement.yaml")]) == 0
     assert label(folder) == 0
     assert [step.reason for step in plan(pipeline)] == [None, None]
+
+
+# ------------------------------------------------------------------------------------- the very judge that was measured
+
+
+@pytest.fixture
+def measured_judge(tiny_model: Path, tmp_path: Path) -> tuple[dict[str, Any], str]:
+    """The section of a judge with guidelines and a calibration of its own, and a report that it passed."""
+    (tmp_path / "guidelines.md").write_text("Be kind.", encoding="utf-8")
+    files = {"guidelines": str(tmp_path / "guidelines.md"), "calibration": str(tmp_path / "calibration.json")}
+    Calibration(1.0, 0.0, {}, 40).write(files["calibration"])
+    section = {"type": "judge", "model": str(tiny_model), **files}
+    report = replace(
+        FOUND, fingerprint=scorer_fingerprint(JudgeScorer(**section)), guidelines=Constitution("Be kind.").hash
+    )
+    path = write_report(tmp_path / "report", report)
+    assert set(measured_labellers(data_recipe(first=section, agreement=path))[0]) == {"first"}
+    return section, path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "explain", "calibration": None},
+        {"calibration": None},
+        {"prompt": "two_shot"},
+        {"max_length": 1024},
+        {"quantization": "int8"},
+    ],
+    ids=str,
+)
+def test_the_same_model_asked_otherwise_is_another_labeller(
+    measured_judge: tuple[dict[str, Any], str], changes: dict[str, Any]
+) -> None:
+    section, path = measured_judge
+    asked = {key: value for key, value in (section | changes).items() if value is not None}
+    assert "not this scorer" in measured_labellers(data_recipe(first=asked, agreement=path))[1]["first"]
+    assert not measured_labellers(data_recipe(first=section | {"batch_size": 2}, agreement=path))[1]
+
+
+@pytest.mark.parametrize("file", ["guidelines", "calibration"])
+def test_a_file_that_was_edited_since_shuts_the_gate(measured_judge: tuple[dict[str, Any], str], file: str) -> None:
+    """The path is as it was; what counts is what stands there now."""
+    section, path = measured_judge
+    Path(section[file]).write_text(Path(section[file]).read_text(encoding="utf-8") + " ", encoding="utf-8")
+    assert "not this scorer" in measured_labellers(data_recipe(first=section, agreement=path))[1]["first"]
+
+
+def test_an_adapter_on_another_base_is_another_judge(tiny_model: Path, tmp_path: Path) -> None:
+    """The adapter's own files stay as they are; the weights that it stands on are exchanged below it."""
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    make_adapter(base, tmp_path / "adapter")
+    judge = JudgeScorer(model=str(tmp_path / "adapter"))
+    before = scorer_fingerprint(judge)
+    assert scorer_fingerprint(judge) == before
+    (base / "config.json").write_text((base / "config.json").read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert scorer_fingerprint(judge) != before

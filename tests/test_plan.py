@@ -197,7 +197,7 @@ def test_the_plan_of_70b(capsys: pytest.CaptureFixture[str]) -> None:
     assert made["peak"] == max(phase["total"] for phase in made["phases"]) > 2 * 68_976_648_192
     assert made["advice"]["peak"] <= USABLE * 80 * GIB
     assert all(knob["peak"] < made["peak"] for knob in made["advice"]["knobs"])
-    assert [change.split()[0] for change in made["advice"]["way"]] == ["scorers", "lora"], "and no offload with them"
+    assert [change.split()[0] for change in made["advice"]["way"]] == ["answers"], "and nothing else with it"
     assert any("offload" in knob["change"] for knob in made["advice"]["knobs"])
     # Llama 2, section 3.4.3 of the paper's PPO: about 330 s an iteration for 70B
     assert 150 < sum(made["time"]["seconds"].values()) < 600
@@ -319,10 +319,18 @@ def test_time_follows_the_machine() -> None:
 # --------------------------------------------------------------------------------------------------------- command line
 
 
+def test_with_a_server_only_one_weight_is_whole_while_answers_are_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--gpus", "32", "--gpu-memory", "80", "--vllm", "{base_url: 'http://127.0.0.1:8000'}"]
+    made = planned(capsys, B70, *words)
+    sampling = next(phase for phase in made["phases"] if phase["name"] == "sampling")
+    assert sampling["parts"] == {"gathered weights": 2 * 8192 * 32_000}, "the embeddings, in bfloat16"
+    assert made["fits"]
+
+
 def test_the_tables_are_readable(capsys: pytest.CaptureFixture[str]) -> None:
     assert sara(["plan", B70, "--gpus", "32", "--gpu-memory", "80"]) == 0
     printed = capsys.readouterr().out
-    for text in ("32 GPUs on 4 nodes, ZeRO-3", "reference", "180.5", "Does not fit", "Fits with scorers", "40% of 312"):
+    for text in ("32 GPUs on 4 nodes, ZeRO-3", "reference", "180.5", "Does not fit", "Fits with answers", "40% of 312"):
         assert text in printed
     assert sara(["plan", "recipes/llama2-7b/ppo.yaml", "--gpu-memory", "80", "--seed", "7"]) == 0
     assert "Fits: 71.4 GB of 80.0 at the peak." in capsys.readouterr().out

@@ -13,7 +13,7 @@ from alignment.chunks import work_in_chunks
 from alignment.generate import Completion, Generator
 from alignment.recipe import Data, RespondRecipe, Source
 from alignment.recipe_file import RecipeError, validate
-from alignment.sources import load_conversations
+from alignment.sources import SourceError, load_conversations
 from alignment.stages.respond import answer_chunk, run
 from reward.conversation import Conversation, Prompt, read_json_lines, write_json_lines
 
@@ -69,6 +69,24 @@ def test_the_stage_leaves_conversations_and_counts_what_does_not_fit(tiny_model:
     counts = loaded.counts["artifact:respond"]
     assert counts["read"] == 12
     assert counts["dropped"].get("content of the assistant turn is empty", 0) == artifact.metrics["num_empty"]
+
+
+@pytest.mark.parametrize("number", [0, 1, 19, 20, 21, 1000])
+def test_as_many_rows_as_prompts(
+    number: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole stage, with answers that need no model."""
+    monkeypatch.setattr("alignment.stages.respond.Generator", lambda *_: answers_as())
+    work = recipe(tmp_path, [{"prompt": f"{n}?"} for n in range(number)], tiny_model)
+    if not number:
+        with pytest.raises(SourceError, match="rows"):
+            run(work)
+        return
+    artifact = run(work)
+    assert artifact is not None
+    answers = [row["messages"] for _, row in read_json_lines(artifact.path / "records.jsonl")]
+    assert [turns[0]["content"] for turns in answers] == [f"{n}?" for n in range(number)]
+    assert all(turns[1]["content"].startswith(f"{n}? so") for n, turns in enumerate(answers))
 
 
 def test_two_samples_at_temperature_0_are_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_one_line_in_one_line_out_in_order(tmp_path: Path, scorer: str, capsys: 
     assert (state["lines"], state["name"], state["scale"]) == (23, "number", "unbounded")
 
 
-@pytest.mark.parametrize("count", [0, 1, 8])
+@pytest.mark.parametrize("count", [0, 1, 8, 19, 20, 21, 1000])
 def test_any_number_of_lines(tmp_path: Path, scorer: str, count: int) -> None:
     source, output = write_lines(tmp_path / "in.jsonl", count), tmp_path / "scores.jsonl"
     assert main(words(scorer, source, output, "--chunk-size", "4")) == 0

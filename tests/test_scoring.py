@@ -167,6 +167,30 @@ def test_a_calibration_is_checked_before_the_model_loads_and_again_with_it(
         check_scorer(read_scorer(section))
 
 
+def test_the_published_judge_is_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    """An adapter without a tokenizer, guidelines that say how to answer, the plain form: in both modes, and in int8."""
+    from tests.test_backends import make_adapter
+    from tests.test_judge_forms import PUBLISHED
+
+    make_adapter(tiny_model, tmp_path / "adapter")
+    (tmp_path / "guidelines.txt").write_text(PUBLISHED.text, encoding="utf-8")
+    section = (
+        f"type: judge, model: {tmp_path / 'adapter'}, prompt: safety_llama, guidelines: {tmp_path / 'guidelines.txt'}"
+    )
+    judge = build_judge(f"{{{section}}}")
+    assert judge.constitution == PUBLISHED
+    verdicts = judge.judge(CONVERSATIONS)
+    assert {verdict.outcome for verdict in verdicts} <= {"good", "bad"}
+    assert {verdict.guidelines for verdict in verdicts} == {PUBLISHED.hash}
+    shown = judge.backend.renderer.tokenizer.decode(
+        judge.backend.renderer.render_prompt(judge._prompt(CONVERSATIONS[0]))
+    )
+    turns = CONVERSATIONS[0].messages
+    assert f"{PUBLISHED.text.strip()}\n\nConversation:\nHuman: <{turns[0].content}>\n\nChatbot: <" in shown
+    (written,) = build_judge(f"{{{section}, mode: explain}}").judge(CONVERSATIONS[:1])
+    assert (written.outcome, written.reason) == ("unscored", "no verdict at the end")  # random weights
+
+
 def test_an_adapter_is_a_judge(tiny_model: Path, guidelines: Path, tmp_path: Path) -> None:
     from tests.test_backends import make_adapter
 

@@ -26,6 +26,7 @@ from alignment.plan.memory import (
     learning,
     live_weights,
     reading,
+    served_weight,
     states_of,
     step_bytes,
 )
@@ -160,12 +161,15 @@ def _ppo(models: PpoModels) -> Footprint:
     roles = [*_roles(engine, layout), *_read_only([*reference, *(scorer.model for scorer in scorers)], layout)]
     own = buckets(engine, layout)
     held = _held(roles, layout) + own
-    rollout = models.texts(recipe.sampling.batch_size)
-    sampling = {
-        "gathered weights": gathered_weights(engine, layout),
-        "KV cache": kv_cache(models.policy, rollout),
-        "activations": drawing(models.policy, Texts(rollout.rows, models.prompt_tokens)),
-    }
+    if recipe.vllm is None:
+        rollout = models.texts(recipe.sampling.batch_size)
+        sampling = {
+            "gathered weights": gathered_weights(engine, layout),
+            "KV cache": kv_cache(models.policy, rollout),
+            "activations": drawing(models.policy, Texts(rollout.rows, models.prompt_tokens)),
+        }
+    else:
+        sampling = {"gathered weights": served_weight(models.policy)}
     activations, logits = reading(models.passes(learning=False))
     gathered = live_weights(engine, layout) + _live_if_sharded(reference, layout)
     evaluation = {"gathered weights": gathered, "activations": activations, "logits": logits}

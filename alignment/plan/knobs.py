@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from alignment.plan.catalog import Setup, loads_model
 from alignment.plan.footprint import footprint
-from alignment.recipe import HarmfulnessModelRecipe, PpoRecipe, RewardModelRecipe, SftRecipe
+from alignment.recipe import HarmfulnessModelRecipe, PpoRecipe, RewardModelRecipe, SftRecipe, Vllm
 from alignment.recipe_parts import Lora
 from alignment.recipe_scorers import HttpScorer, RewardModelScorer
 
@@ -171,6 +171,14 @@ def _scorer_elsewhere(setup: Setup) -> tuple[str, Setup] | None:
     return None if recipe == setup.recipe else (change, dataclasses.replace(setup, recipe=recipe))
 
 
+def _answers_elsewhere(setup: Setup) -> tuple[str, Setup] | None:
+    recipe = setup.recipe
+    if not isinstance(recipe, PpoRecipe) or recipe.vllm is not None or recipe.model_init.quantization is not None:
+        return None
+    change = "answers drawn by `trl vllm-serve` on GPUs of its own (vllm: {base_url: ...})"
+    return _with(setup, change, vllm=Vllm(base_url="http://127.0.0.1:8000"))
+
+
 def _to_stage(stage: int) -> Turn:
     def turn(setup: Setup) -> tuple[str, Setup] | None:
         recipe: Any = setup.recipe
@@ -235,6 +243,8 @@ def _packed(setup: Setup) -> tuple[str, Setup] | None:
     if _training(setup) is None:
         return _with(setup, "model_init.quantization: nf4", **values)
     values |= _adapters(setup)
+    if isinstance(recipe, PpoRecipe):
+        values["vllm"] = None  # a server takes whole weights
     change = f"lora on model_init.quantization: nf4, --launch {setup.layout.at_stage(0).launch}"
     _, turned = _with(setup, change, **values)
     whole = _map_scorers(turned.recipe, _sharing(False))
@@ -245,7 +255,7 @@ def _all_turns() -> Iterator[Turn]:
     """First what changes no result, then what changes it least."""
     yield from (_checkpointing, _one_row, _fewer_answers, _scorer_batch)
     yield from (_to_stage(stage) for stage in (1, 2, 3))
-    yield from (_scorer_dtype, _sharded_reference, _sharded_scorers, _scorer_elsewhere)
+    yield from (_scorer_dtype, _sharded_reference, _sharded_scorers, _scorer_elsewhere, _answers_elsewhere)
     yield from (_shared_trunk, _offload, _lora, _packed)
 
 

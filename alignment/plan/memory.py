@@ -189,6 +189,11 @@ def gathered_weights(models: Sequence[Loaded], layout: Layout) -> int:
     return sum(model.weight_bytes for model in models if model.quantization is None)
 
 
+def served_weight(model: Loaded) -> int:
+    """The largest of its weights: what is whole at a time while they are sent to a server."""
+    return model.shape.hidden * max(model.shape.vocab, model.shape.intermediate) * model.numerics.weight
+
+
 def step_bytes(models: Sequence[Loaded], layout: Layout) -> int:
     """What an optimizer step takes for a moment: gradients in float32 and the root of the second moment."""
     if not layout.deepspeed or layout.offload_optimizer:

@@ -154,7 +154,7 @@ def _ppo(models: PpoModels, clock: Clock) -> dict[str, float]:
     drawn = -(-own.rows // rollout.rows) * clock.draw(
         models.policy, Texts(rollout.rows, models.prompt_tokens), models.answer_tokens
     )
-    drawn += clock.exchange(gathered_weights(engine, models.layout))
+    drawn += clock.exchange(gathered_weights(engine, models.layout))  # with a server much the same: it gets them all
     micro, answers = models.micro_batch, own.rows * models.answer_tokens
     batches = own.rows // micro.rows
     read = [*engine, *([models.reference] if models.reference is not None and models.reference.sharded else [])]

@@ -50,7 +50,7 @@ def run(recipe: ContextDistillationRecipe) -> Artifact | None:
     scorer = build_scorer(recipe.scorer)
 
     def work(number: int, prompts: Sequence[Prompt]) -> list[Row]:
-        return distill_chunk(generator, scorer, prompts, preprompts, seed=(recipe.seed, number))
+        return distill_chunk(generator, scorer, prompts, preprompts, recipe, number=number)
 
     chunk_size = recipe.sampling.batch_size
     rows = work_in_chunks(prompts, work, folder=workspace.path, chunk_size=chunk_size, name="prompts")
@@ -79,15 +79,29 @@ def read_preprompts(path: Path) -> list[str]:
 
 
 def distill_chunk(
-    generator: Generator, scorer: Scorer, prompts: Sequence[Prompt], preprompts: Sequence[str], *, seed: tuple[int, int]
+    generator: Generator,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    preprompts: Sequence[str],
+    recipe: ContextDistillationRecipe,
+    *,
+    number: int,
 ) -> list[Row]:
-    """One row per prompt: the plain and the distilled answer, both scored as answers to the plain prompt."""
+    """One row per prompt: the plain and the distilled answer, both scored as answers to the plain prompt.
+
+    ScorerError when too many of either have no score.
+    """
+    seed, limit = (recipe.seed, number), recipe.max_unscored
     chosen = [preprompts[derive_seed(*seed, prompt.id) % len(preprompts)] for prompt in prompts]
     plain = generator.answer(prompts, seed=derive_seed(*seed, "plain"))
     guided_prompts = [prompt.with_preprompt(text) for prompt, text in zip(prompts, chosen, strict=True)]
     guided = generator.answer(guided_prompts, seed=derive_seed(*seed, "guided"))
-    before = score_all(scorer, [p.answer(answer.text) for p, answer in zip(prompts, plain, strict=True)])
-    after = score_all(scorer, [p.answer(answer.text) for p, answer in zip(prompts, guided, strict=True)])
+    before, after = (
+        score_all(
+            scorer, [p.answer(answer.text) for p, answer in zip(prompts, answers, strict=True)], max_unscored=limit
+        )
+        for answers in (plain, guided)
+    )
     return [
         prompt.to_json()
         | {

@@ -94,7 +94,10 @@ def labellers_of(recipe: JudgeDataRecipe) -> dict[str, Labeller]:
 
 
 def gather(recipe: JudgeDataRecipe) -> tuple[list[Answer], dict[str, Any]]:
-    """Every answer once, those that people labelled first, and the account of where they come from."""
+    """Every answer once, those that people labelled first, and the account of where they come from.
+
+    An answer that people called safe in one place and unsafe in another has no label of theirs (`contradicted`).
+    """
     answers: list[Answer] = []
     data: dict[str, Any] = {}
     if recipe.labelled is not None:
@@ -116,9 +119,16 @@ def gather(recipe: JudgeDataRecipe) -> tuple[list[Answer], dict[str, Any]]:
         data["answers"] = _account(loaded)
         answers += [Answer(record, place) for record, place in zip(loaded.records, loaded.places, strict=True)]
     once: dict[tuple[Message, ...], Answer] = {}
+    said: dict[tuple[Message, ...], set[bool]] = {}
     for answer in answers:
         once.setdefault(answer.conversation.messages, answer)
+        labels = said.setdefault(answer.conversation.messages, set())
+        if answer.people is not None:
+            labels.add(answer.people)
+    for messages, answer in once.items():
+        answer.people = said[messages].pop() if len(said[messages]) == 1 else None
     data["repeated"] = len(answers) - len(once)
+    data["contradicted"] = sum(len(both) > 1 for both in said.values())
     return list(once.values()), data
 
 

@@ -35,6 +35,7 @@ from alignment.rollout import Rollout, collect_rollout, iteration_prompts
 from alignment.scoring import build_scorer
 from alignment.stopping import Stopped, StopRequest, stop_on_sigterm
 from alignment.tracking import Tracker, open_tracker
+from alignment.vllm_rollout import VllmSampler
 from alignment.workspace import open_workspace
 from reward.conversation import Prompt
 from reward.refusal import is_refusal
@@ -51,6 +52,7 @@ class Run(Learner):
 
     reference: ActorCritic | None
     generator: Generator
+    server: VllmSampler | None
     scorer: Scorer
     prompts: Sequence[Prompt]
     held_out: HeldOut | None
@@ -74,13 +76,14 @@ def run(recipe: PpoRecipe) -> Artifact | None:
     dtype = next(actor_critic.policy.parameters()).dtype
     reference = load_reference(recipe, pad_token_id=tokenizer.pad_token_id, dtype=dtype)
     generator = Generator(actor_critic.policy, renderer, recipe.sampling)
+    server = VllmSampler.connect(recipe, actor_critic.policy, renderer, accelerator.device)
     scorer = build_scorer(recipe.scorer)
     steps, keep = recipe.ppo.save_steps, recipe.ppo.save_total_limit
     checkpoints = Checkpoints(model, actor_critic, optimizer, workspace, save_steps=steps, keep=keep)
     held_out = None
     if data.eval_prompts:
         sampling = recipe.sampling.model_copy(update={"temperature": recipe.ppo.eval_temperature})
-        held_out = HeldOut(data.eval_prompts, Generator(actor_critic.policy, renderer, sampling), scorer)
+        held_out = HeldOut(data.eval_prompts, Generator(actor_critic.policy, renderer, sampling), scorer, server)
     with (
         open_tracker(recipe, workspace.path, parents=workspace.inputs, is_main_process=is_main_process()) as tracker,
         stop_on_sigterm() as stop,
@@ -94,10 +97,11 @@ def run(recipe: PpoRecipe) -> Artifact | None:
             mix=data.mix,
             reference=reference,
             generator=generator,
+            server=server,
             scorer=scorer,
             prompts=data.prompts,
             held_out=held_out,
-            watch=Watch.of(recipe, accelerator, model, actor_critic, generator),
+            watch=Watch.of(recipe, accelerator, model, actor_critic, generator, server=server),
             checkpoints=checkpoints,
             stop=stop,
         )
@@ -107,6 +111,8 @@ def run(recipe: PpoRecipe) -> Artifact | None:
         if is_main_process():
             artifact = workspace.finish("policy", data=data.account, metrics=last, files=weight_files(workspace.path))
             tracker.artifact(artifact)
+    if server is not None:
+        server.close()
     close(accelerator, model)
     return artifact
 
@@ -162,6 +168,7 @@ def run_iteration(run: Run, loop: LoopState, tracker: Tracker) -> tuple[dict[str
         iteration=iteration,
         accelerator=run.accelerator,
         between_batches=run.stop.check,
+        server=run.server,
     )
     scores, costs = judge(run, rollout, loop)
     run.stop.check()

@@ -38,7 +38,7 @@ def run(recipe: RejectionSamplingRecipe) -> Artifact | None:
     scorer = build_scorer(recipe.scorer)
 
     def work(number: int, prompts: Sequence[Prompt]) -> list[Row]:
-        return sample_chunk(generator, scorer, prompts, num_samples=recipe.num_samples, seed=(recipe.seed, number))
+        return sample_chunk(generator, scorer, prompts, recipe, number=number)
 
     chunk_size = recipe.sampling.batch_size
     rows = work_in_chunks(prompts, work, folder=workspace.path, chunk_size=chunk_size, name="prompts")
@@ -53,15 +53,16 @@ def run(recipe: RejectionSamplingRecipe) -> Artifact | None:
 
 
 def sample_chunk(
-    generator: Generator, scorer: Scorer, prompts: Sequence[Prompt], *, num_samples: int, seed: tuple[int, int]
+    generator: Generator, scorer: Scorer, prompts: Sequence[Prompt], recipe: RejectionSamplingRecipe, *, number: int
 ) -> list[Row]:
-    """One row per prompt: its K answers with their scores."""
+    """One row per prompt: its K answers with their scores. ScorerError when too many of them have none."""
+    num_samples = recipe.num_samples
     samples: list[list[Completion]] = [
-        generator.answer(prompts, seed=derive_seed(*seed, sample)) for sample in range(num_samples)
+        generator.answer(prompts, seed=derive_seed(recipe.seed, number, sample)) for sample in range(num_samples)
     ]
     answers = [[column[i] for column in samples] for i in range(len(prompts))]
     flat = [prompt.answer(answer.text) for prompt, group in zip(prompts, answers, strict=True) for answer in group]
-    scores = score_all(scorer, flat)
+    scores = score_all(scorer, flat, max_unscored=recipe.max_unscored)
     rows: list[Row] = []
     for i, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
         own = scores[i * num_samples : (i + 1) * num_samples]

@@ -23,7 +23,12 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alignment.recipe import PpoRecipe
+    from reward.conversation import Prompt
+    from reward.render import Renderer
 
 ROOT = Path(__file__).parents[2]
 TRL = "trl==1.12.0"
@@ -126,7 +131,6 @@ def write_jobs(arguments: Any, folder: Path) -> dict[str, Path]:
     from alignment.generate import fitting_prompts
     from alignment.policy import load_tokenizer, resolve_model
     from alignment.recipe import Data, PpoRecipe, Source
-    from alignment.rollout import iteration_positions
     from alignment.sources import load_prompts
     from reward.render import Renderer
 
@@ -147,22 +151,12 @@ def write_jobs(arguments: Any, folder: Path) -> dict[str, Path]:
         recipe = recipe_of(arm, arguments, model=model, reward_model=str(reward_model), prompts=path, folder=folder)
         jobs[arm] = {"recipe": recipe}
     checked = [PpoRecipe.model_validate(job["recipe"]) for job in jobs.values()]
-    order = [
-        position
-        for iteration in range(arguments.iterations)
-        for position in iteration_positions(needed, checked[0], iteration=iteration, name="prompts")
-    ]
-    jobs[TRL_ARM] = {
-        "model": model,
-        "reward_model": str(reward_model),
-        "pad_token": tokenizer.pad_token,
-        "dtype": arguments.dtype,
-        "batch_size": arguments.prompts,
-        "mini_batch_size": arguments.mini_batch_size,
-        "micro_batch_size": arguments.micro_batch_size,
-        "prompt_ids": [renderer.render_prompt(prompts[position]) for position in order],
-        "ppo": trl_settings(arguments, folder / TRL_ARM),
-    }
+    trl = trl_job(arguments, prompts, renderer, recipe=checked[0], model=model, folder=folder)
+    jobs[TRL_ARM] = trl | {"reward_model": str(reward_model), "value_model": str(reward_model)}
+    return job_files(jobs, folder)
+
+
+def job_files(jobs: dict[str, dict[str, Any]], folder: Path) -> dict[str, Path]:
     files = {name: folder / f"{name.replace(' ', '_')}.json" for name in jobs}
     for name, job in jobs.items():
         files[name].write_text(json.dumps(job), encoding="utf-8")
@@ -208,6 +202,29 @@ def recipe_of(
             "value_trunk": ARMS[arm],
             "save_steps": 10**9,
         },
+    }
+
+
+def trl_job(
+    arguments: Any, prompts: Sequence[Prompt], renderer: Renderer, *, recipe: PpoRecipe, model: str, folder: Path
+) -> dict[str, Any]:
+    """TRL's part of the work, without reward and value model; its prompts stand in the order in which `recipe` asks."""
+    from alignment.rollout import iteration_positions
+
+    order = [
+        position
+        for iteration in range(arguments.iterations)
+        for position in iteration_positions(len(prompts), recipe, iteration=iteration, name="prompts")
+    ]
+    return {
+        "model": model,
+        "pad_token": renderer.tokenizer.pad_token,
+        "dtype": arguments.dtype,
+        "batch_size": arguments.prompts,
+        "mini_batch_size": arguments.mini_batch_size,
+        "micro_batch_size": arguments.micro_batch_size,
+        "prompt_ids": [renderer.render_prompt(prompts[position]) for position in order],
+        "ppo": trl_settings(arguments, folder / TRL_ARM),
     }
 
 

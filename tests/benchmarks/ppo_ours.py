@@ -1,4 +1,4 @@
-"""Our side of the PPO benchmark: the stage as it is, one iteration at a time. Started by `tests.benchmarks.ppo`."""
+"""Our side of the PPO benchmarks: the stage as it is, one iteration at a time. See `tests.benchmarks.ppo`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""TRL's side of the PPO benchmark, in the environment of its last release with a PPOTrainer.
+"""TRL's side of the PPO benchmarks, in the environment of its last release with a PPOTrainer.
 
-Started by `tests.benchmarks.ppo`. TRL trains as it comes, but for two things without which the work would not be the
-same: its prompts keep their order, and its optimizer steps once a mini-batch (by itself it accumulates over the whole
-rollout, whatever `num_mini_batches` says).
+Started by `tests.benchmarks.ppo` and `tests.benchmarks.ppo_learning`. TRL trains as it comes, but for two things
+without which the work would not be the same: its prompts keep their order, and its optimizer steps once a mini-batch
+(by itself it accumulates over the whole rollout, whatever `num_mini_batches` says).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from tests.benchmarks.ppo_token_count import TokenCount, check_same_scores
 from tests.benchmarks.ppo_turns import Turns, read_job
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -44,6 +45,15 @@ class OneAtATime(TrainerCallback):
         self.turns.begin()
 
 
+def load_reward_model(job: dict[str, Any], tokenizer: Any, dtype: torch.dtype) -> Any:
+    """The job's `reward_model`, or a module that counts its `counted_token`, once it is known to do so."""
+    if "counted_token" not in job:
+        return AutoModelForSequenceClassification.from_pretrained(job["reward_model"], dtype=dtype)
+    reward_model = TokenCount(job["counted_token"])
+    check_same_scores(reward_model, tokenizer, job["prompt_ids"], length=job["ppo"]["response_length"])
+    return reward_model
+
+
 def main() -> None:
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # pyright: ignore[reportMissingImports]
 
@@ -51,9 +61,8 @@ def main() -> None:
     dtype = getattr(torch, job["dtype"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left", pad_token=job["pad_token"])
     policy, reference = (AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype) for _ in range(2))
-    reward_model, value_model = (
-        AutoModelForSequenceClassification.from_pretrained(job["reward_model"], dtype=dtype) for _ in range(2)
-    )
+    value_model = AutoModelForSequenceClassification.from_pretrained(job["value_model"], dtype=dtype)
+    reward_model = load_reward_model(job, tokenizer, dtype)
     config = PPOConfig(
         per_device_train_batch_size=job["micro_batch_size"],
         gradient_accumulation_steps=job["batch_size"] // job["micro_batch_size"],

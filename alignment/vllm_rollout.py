@@ -234,7 +234,10 @@ def open_client(settings: Vllm, device: Any) -> Client:
 
 
 def limit_waiting(session: Any, *, seconds: float, connections: int) -> None:
-    """Requests of a `requests.Session` give up after `seconds`; one that may have been carried out is not repeated."""
+    """Requests of a `requests.Session` give up after `seconds`; one that may have been carried out is not repeated.
+
+    Each has a connection of its own: a server closes idle ones, which a request on its way would take for a failure.
+    """
     from requests.adapters import HTTPAdapter
     from urllib3.util.retry import Retry
 
@@ -242,6 +245,7 @@ def limit_waiting(session: Any, *, seconds: float, connections: int) -> None:
         def send(self, *args: Any, **options: Any) -> Any:
             return super().send(*args, **options | {"timeout": options.get("timeout") or seconds})
 
+    session.headers["Connection"] = "close"
     patience = Retry(total=3, connect=3, read=0, redirect=0, status=0, other=0, backoff_factor=0.5)
     for scheme in ("http://", "https://"):
         session.mount(scheme, Impatient(max_retries=patience, pool_maxsize=connections))

@@ -80,7 +80,7 @@ class Peer:
 
 def http(body: bytes, status: str = "200 OK", **headers: str) -> bytes:
     """An answer with the right length and content type, unless `headers` say otherwise (an empty one leaves it out)."""
-    fields = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    fields = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
     fields |= {name.replace("_", "-"): value for name, value in headers.items()}
     head = "".join(f"{name}: {value}\r\n" for name, value in fields.items() if value)
     return f"HTTP/1.1 {status}\r\n{head}\r\n".encode() + body

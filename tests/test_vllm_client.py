@@ -135,6 +135,7 @@ def test_trls_client_brings_weights_and_the_answers_that_are_drawn_in_process(
         *("/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache"),
     ]
     assert server.paths[6:] == ["/v1/completions"] * 6
+    assert {request.headers["connection"] for request in peer.requests[2:]} == {"close"}, "no idle one is used again"
     expected = sample_answers(Generator(policy, renderer, sampler.sampling), *asked, seed=5)
     assert (prompt_ids, completion_ids) == expected[:2], "with the weights of the policy, not those it started with"
     for ours, theirs in zip(drawn, expected[2], strict=True):

@@ -1,4 +1,4 @@
-"""What the two stages on TRL's trainers share: arguments, checkpoints that survive a kill, and the final weights."""
+"""What the stages on TRL's trainers share: arguments, checkpoints that survive a kill, and the final weights."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from alignment.distributed import (
     world_size,
 )
 from alignment.policy import Head, merge_adapter, remove_folder
-from alignment.recipe import ModelInit, Training
+from alignment.recipe import HarmfulnessModelRecipe, ModelInit, PpoRecipe, RewardModelRecipe, SftRecipe, Training
 from alignment.stopping import Stopped, StopRequest
 from alignment.workspace import Workspace
 from reward.dtype import torch_dtype
+
+Fitted = SftRecipe | RewardModelRecipe | HarmfulnessModelRecipe | PpoRecipe
 
 
 def training_arguments(
@@ -109,6 +111,14 @@ class StopWhenNotFinite:
                 "lower the learning rate or look at the data"
             )
         return loss  # pyright: ignore[reportUnknownVariableType]
+
+
+def fit(trainer: Any, workspace: Workspace, recipe: Fitted, *, head: Head) -> dict[str, Any]:
+    """Train, from the newest checkpoint on, and save the whole weights into the artifact's folder; the metrics."""
+    result = train(trainer, workspace)
+    lora = recipe.lora is not None
+    save_final(trainer, workspace, model=recipe.model, init=recipe.model_init, head=head, lora=lora)
+    return {"train_loss": result.training_loss, "num_steps": result.global_step}
 
 
 def train(trainer: Any, workspace: Workspace) -> Any:

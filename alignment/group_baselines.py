@@ -12,7 +12,7 @@ from typing import Any
 
 from alignment.artifact import Artifact
 from alignment.distributed import close, is_main_process, world_size
-from alignment.fitting import SealCheckpoints, save_final, train, training_arguments, weight_files
+from alignment.fitting import SealCheckpoints, fit, training_arguments, weight_files
 from alignment.policy import load_model, load_tokenizer, lora_config
 from alignment.ppo_data import read_data
 from alignment.ppo_update import accumulation_steps
@@ -56,18 +56,9 @@ def run_baseline(recipe: PpoRecipe) -> Artifact | None:
             peft_config=None if recipe.lora is None else lora_config(recipe.lora, model, head="causal_lm"),
             callbacks=[SealCheckpoints(stop), trainer_callback(tracker)],
         )
-        result = train(trainer, workspace)
-        save_final(
-            trainer,
-            workspace,
-            model=recipe.model,
-            init=recipe.model_init,
-            head="causal_lm",
-            lora=recipe.lora is not None,
-        )
+        metrics = fit(trainer, workspace, recipe, head="causal_lm")
         artifact = None
         if is_main_process():
-            metrics = {"train_loss": result.training_loss, "num_steps": result.global_step}
             artifact = workspace.finish(
                 "policy", data=data.account, metrics=metrics, files=weight_files(workspace.path)
             )

@@ -68,7 +68,11 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _c
 
 def parse_yaml(text: str) -> Any:
     """Strict YAML -> plain values."""
-    return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    loader = _StrictLoader(text)
+    try:
+        return loader.get_single_data()  # pyright: ignore[reportUnknownMemberType]
+    finally:
+        loader.dispose()
 
 
 def parse_section(text: str, *, key: str) -> dict[str, Any]:

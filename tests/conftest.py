@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.one_process import forget_accelerate
 from tests.tiny import tiny_model  # noqa: F401 - the fixture, for every test
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,3 +24,19 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"public data sets are not at {folder}; set SARA_DATA_DIR to their folder")
     return folder
+
+
+@pytest.fixture
+def on_cpu_in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For stages in the test's own process: recipes and launch files are named from here, and no device is sought."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    forget_accelerate()
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:  # noqa: F811 - the fixture
+    """The artifacts that PPO on the tiny model starts from."""
+    from tests.interrupted import make_parents
+
+    return make_parents(tmp_path_factory.mktemp("parents"), tiny_model)

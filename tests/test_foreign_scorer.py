@@ -10,6 +10,7 @@ import yaml
 
 from alignment.__main__ import main
 from alignment.stages import ppo
+from tests.one_process import forget_accelerate
 from tests.tiny import make_reward_model, make_tiny_model
 from tests.tiny_families import make_beaver, make_pair_model
 
@@ -23,10 +24,7 @@ def first_batch(
     root: Path, policy: Path, scorer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     """The tensors of PPO's first iteration, and the scores that its answers got."""
-    from accelerate.state import AcceleratorState, PartialState
-
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
+    forget_accelerate()
     recipe = {
         "stage": "ppo",
         "output_dir": str(root / "ppo"),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from reward.render import Renderer
 
+pytestmark = pytest.mark.usefixtures("on_cpu_in_repository")
 renderer = tiny_ppo.renderer  # a fixture
 PROMPTS = [Prompt.of("Hi"), Prompt.of("What is <|im_end|>?", is_safety=True), Prompt.of("Rain")]
 GROUP: dict[str, Any] = {
@@ -34,15 +35,6 @@ GROUP: dict[str, Any] = {
     "num_iterations": 1,
     "learning_rate": 1e-3,
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate.state import AcceleratorState, PartialState
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
 
 
 def recipe_of(model: Path, folder: Path, trainer: str, **settings: Any) -> PpoRecipe:

@@ -19,6 +19,7 @@ from reward.families import Loading
 from reward.harmfulness import AbsoluteHarmfulness
 from reward.losses import grade_loss
 from reward.scorer import ScorerError
+from tests.one_process import forget_accelerate
 from tests.tiny_families import make_pair_model
 
 if TYPE_CHECKING:
@@ -89,10 +90,7 @@ def write_recipe(folder: Path, model: Path, files: Path, **changes: Any) -> Path
 
 def run(recipe: Path) -> Path:
     """The stage in this process; its folder."""
-    from accelerate.state import AcceleratorState, PartialState
-
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
+    forget_accelerate()
     assert main(["--config", str(recipe)]) == 0
     return recipe.parent / "model"
 

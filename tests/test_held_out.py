@@ -18,8 +18,7 @@ from alignment.recipe import Sampling
 from reward.conversation import Conversation
 from reward.scorer import FunctionScorer, ScorerError
 from tests import tiny_ppo
-from tests.conftest import ROOT
-from tests.interrupted import history, make_parents, ppo_words
+from tests.interrupted import history, ppo_words
 from tests.tiny_ppo import PROMPTS
 
 if TYPE_CHECKING:
@@ -27,23 +26,9 @@ if TYPE_CHECKING:
 
     from reward.render import Renderer
 
+pytestmark = pytest.mark.usefixtures("on_cpu_in_repository")
 model, renderer = tiny_ppo.model, tiny_ppo.renderer  # fixtures
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate.state import AcceleratorState, PartialState
-
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def parents(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    return make_parents(tmp_path_factory.mktemp("parents"), tiny_model)
 
 
 # -------------------------------------------------------------------------------------------------------- the score

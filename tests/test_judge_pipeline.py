@@ -21,6 +21,7 @@ from alignment.recipe_file import load_pipeline, load_recipe
 from alignment.recipe_scorers import JudgeScorer
 from reward.conversation import read_json_lines
 from tests.conftest import ROOT
+from tests.one_process import forget_accelerate
 
 RECIPES = ROOT / "recipes" / "judge"
 HAS_INT8 = importlib.util.find_spec("bitsandbytes") is not None
@@ -90,10 +91,7 @@ SMALLER: dict[str, dict[str, str]] = {
 
 
 def run_step(step: str, run_dir: Path, model: Path, **more: str) -> int:
-    from accelerate.state import AcceleratorState, PartialState
-
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
+    forget_accelerate()
     places = {"MODEL": str(model), "GUIDELINES": str(run_dir / "guidelines.md"), "RUN": str(run_dir)}
     words = ["--config", str(RECIPES / f"{step}.yaml"), "--run_dir", str(run_dir)]
     if step == "judge" and not HAS_INT8:
@@ -124,7 +122,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.delenv("SARA_DATA_DIR", raising=False)
-        patch.setattr("alignment.stages.sft.save_final", note_layers(folder))
+        patch.setattr("alignment.fitting.save_final", note_layers(folder))
         for step in load_pipeline(RECIPES / "pipeline.yaml").steps:
             gated = step.name in ("judge_data", "label")
             if step.name == "label":

@@ -50,7 +50,7 @@ KL: dict[KlEstimator, Tensor] = {
 }
 
 
-def equal(found: Tensor, expected: Tensor) -> None:
+def assert_equal(found: Tensor, expected: Tensor) -> None:
     np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-9, atol=1e-9)
 
 
@@ -61,12 +61,12 @@ def test_advantages_and_returns(padding: int) -> None:
     mask = torch.tensor([[True] * 4 + [False] * padding] * 2)
     rewards, values = torch.cat([REWARDS, behind], dim=1), torch.cat([OLD_VALUES, behind], dim=1)
     advantages, returns = estimate_advantages(rewards, values, mask, gamma=0.97, lam=0.9)
-    equal(advantages[:, :4], ADVANTAGES)
-    equal(returns[:, :4], RETURNS)
+    assert_equal(advantages[:, :4], ADVANTAGES)
+    assert_equal(returns[:, :4], RETURNS)
 
 
 def test_whitening() -> None:
-    equal(whiten(ADVANTAGES), WHITENED)
+    assert_equal(whiten(ADVANTAGES), WHITENED)
 
 
 def test_clipped_policy_loss() -> None:
@@ -82,7 +82,7 @@ def test_clipped_value_loss() -> None:
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_estimates(estimator: KlEstimator) -> None:
-    equal(estimate_kl(OLD_LOGPROBS, REF_LOGPROBS, estimator=estimator), KL[estimator])
+    assert_equal(estimate_kl(OLD_LOGPROBS, REF_LOGPROBS, estimator=estimator), KL[estimator])
 
 
 def test_adaptive_kl_coefficient() -> None:

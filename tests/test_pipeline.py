@@ -21,6 +21,7 @@ from alignment.cli import main as sara
 from alignment.pipeline import plan
 from alignment.recipe_file import load_pipeline
 from tests.conftest import ROOT
+from tests.one_process import forget_accelerate
 
 RECIPES = Path("tests/tiny_pipeline")
 STEPS = (
@@ -39,10 +40,7 @@ STEPS = (
 
 def run_step(step: str, run_dir: Path, *overrides: str) -> int:
     """One stage in this process, as `python -m alignment` runs it."""
-    from accelerate.state import AcceleratorState, PartialState
-
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
+    forget_accelerate()
     return main(["--config", str(RECIPES / f"{step}.yaml"), "--run_dir", str(run_dir), *overrides])
 
 

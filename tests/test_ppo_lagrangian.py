@@ -13,12 +13,13 @@ from alignment.artifact import sha256
 from alignment.stages import ppo
 from reward.conversation import Conversation, Prompt
 from reward.scorer import FunctionScorer, LagrangianScorer
-from tests.conftest import ROOT
-from tests.interrupted import history, make_parents, ppo_words
+from tests.interrupted import history, ppo_words
+from tests.one_process import forget_accelerate
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("on_cpu_in_repository")
 LIMIT, RATE, MAXIMUM = -9.0, 0.3, 2.0
 WORDS = (
     "--scorer",
@@ -28,22 +29,8 @@ WORDS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
-@pytest.fixture(scope="module")
-def parents(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    return make_parents(tmp_path_factory.mktemp("parents"), tiny_model)
-
-
 def run(parents: Path, output: Path, *overrides: str) -> int:
-    from accelerate.state import AcceleratorState, PartialState
-
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
+    forget_accelerate()
     return main(ppo_words(parents, output, *WORDS, *overrides))
 
 

@@ -19,6 +19,7 @@ from tests.tiny_ppo import PAD, logprobs_alone, ppo_recipe
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("on_cpu_in_repository")
 LENGTH = 4
 """Tokens of an answer, and so the highest score; an answer that ends early loses what it could have had."""
 PROMPTS = [Prompt.of(text) for text in ("Hi", "Rain", "Bread", "Shade")]
@@ -38,15 +39,6 @@ SETTINGS: dict[str, Any] = {
     "save_steps": 1000,
 }
 SLOW: dict[str, Any] = {"num_iterations": 12, "learning_rate": 2e-3, "num_ppo_epochs": 1, "value_coef": 0.01}
-
-
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate.state import AcceleratorState, PartialState
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
 
 
 def history(model: Path, folder: Path, *, scorer: str = "count_sixes", **settings: Any) -> list[dict[str, float]]:

@@ -27,6 +27,7 @@ from reward.scorer import FunctionScorer, Score
 from tests import tiny_ppo
 from tests.conftest import ROOT
 from tests.interrupted import LAYOUTS, end_all, history, make_parents, ppo_words, start_ranks
+from tests.one_process import forget_accelerate
 from tests.tiny import make_reward_model
 from tests.tiny_ppo import PROMPTS
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from reward.render import Renderer
 
+pytestmark = pytest.mark.usefixtures("on_cpu_in_repository")
 model, renderer = tiny_ppo.model, tiny_ppo.renderer  # fixtures
 SMALL = ("--sampling.max_new_tokens", "4", "--ppo.num_iterations", "3")
 PROBED = (
@@ -44,12 +46,6 @@ PROBED = (
     "{sources: [{name: starter_borderline, split: test, max_rows: 5}]}",
     *("--probes.steps", "2", "--probes.max_prompts", "3", "--probes.max_new_tokens", "5"),
 )
-
-
-@pytest.fixture(autouse=True)
-def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
 @pytest.fixture(scope="module")
@@ -77,20 +73,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory, parents: Path) -> Path:
 def accelerator() -> Iterator[Any]:
     from accelerate import Accelerator
 
-    fresh()
+    forget_accelerate()
     yield Accelerator(cpu=True)
-    fresh()
-
-
-def fresh() -> None:
-    from accelerate.state import AcceleratorState, PartialState
-
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
+    forget_accelerate()
 
 
 def run(parents: Path, output: Path, *overrides: str) -> int:
-    fresh()
+    forget_accelerate()
     return main(ppo_words(parents, output, *SMALL, *overrides))
 
 

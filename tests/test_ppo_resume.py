@@ -20,26 +20,16 @@ from alignment.artifact import sha256
 from alignment.cli import main as sara
 from alignment.stages import ppo
 from alignment.stopping import EXIT_STOPPED
-from tests.conftest import ROOT
-from tests.interrupted import LAYOUTS, end_all, history, make_parents, ppo_words, start, start_ranks
+from tests.interrupted import LAYOUTS, end_all, history, ppo_words, start, start_ranks
+from tests.one_process import forget_accelerate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.usefixtures("on_cpu_in_repository")
 WEIGHTS = "model.safetensors"
 LORA = ("--lora", "{r: 4, alpha: 8}")
 SMALL = ("--sampling.max_new_tokens", "4")
-
-
-@pytest.fixture(autouse=True)
-def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
-@pytest.fixture(scope="module")
-def parents(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    return make_parents(tmp_path_factory.mktemp("parents"), tiny_model)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +43,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory, parents: Path) -> Path:
 
 def run(parents: Path, output: Path, *overrides: str) -> int:
     """The stage in this process."""
-    from accelerate.state import AcceleratorState, PartialState
-
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
+    forget_accelerate()
     return main(ppo_words(parents, output, *SMALL, *overrides))
 
 

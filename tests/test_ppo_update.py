@@ -17,6 +17,7 @@ from alignment.ppo_update import Learner, Targets, optimizer_step
 from alignment.rollout import Rollout, collect_rollout, forward
 from reward.conversation import Prompt
 from tests import tiny_ppo
+from tests.one_process import forget_accelerate
 from tests.tiny_ppo import PAD, PROMPTS, logprobs_alone, ppo_recipe
 
 if TYPE_CHECKING:
@@ -35,11 +36,9 @@ ROWS = range(len(LENGTHS))
 
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
 
 
 def learner_of(recipe: PpoRecipe) -> Learner:

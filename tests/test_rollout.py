@@ -17,6 +17,7 @@ from alignment.rollout import collect_rollout, evaluate_tokens, iteration_prompt
 from reward.conversation import Prompt
 from reward.render import Renderer
 from tests import tiny_ppo
+from tests.one_process import forget_accelerate
 from tests.tiny import make_tiny_model
 from tests.tiny_ppo import COMPLETION_IDS, PAD, PROMPT_IDS, PROMPTS, logprobs_alone, ppo_recipe
 
@@ -33,11 +34,10 @@ model, renderer = tiny_ppo.model, tiny_ppo.renderer  # fixtures
 @pytest.fixture
 def accelerator() -> Iterator[Any]:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
 
 
 def test_a_rollout_holds_what_plain_forward_passes_say(

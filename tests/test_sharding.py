@@ -15,7 +15,7 @@ from alignment.recipe_file import load_recipe
 from alignment.recipe_scorers import RewardModelScorer
 from alignment.sharding import check_sharding
 from reward.conversation import Prompt
-from tests.interrupted import LAYOUTS, history, make_parents, ppo_words
+from tests.interrupted import LAYOUTS, history, ppo_words
 from tests.ranks import on_ranks
 from tests.tiny import SENTENCES, make_reward_model
 from tests.tiny_ppo import COMPLETION_IDS, PAD, PROMPT_IDS, ppo_recipe
@@ -27,11 +27,6 @@ SHARDED = (
     *("--scorer.helpfulness.shared_prefix", "false"),
 )
 FULL = ("--value_model", "null", "--ppo.value_trunk", "shared", "--sampling.max_new_tokens", "4")
-
-
-@pytest.fixture(scope="module")
-def parents(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    return make_parents(tmp_path_factory.mktemp("parents"), tiny_model)
 
 
 def texts_of(rank: int) -> list[Any]:

@@ -23,6 +23,7 @@ from alignment.fitting import SealCheckpoints
 from alignment.launch import exit_code
 from alignment.stopping import EXIT_STOPPED, stop_on_sigterm
 from tests.conftest import ROOT
+from tests.one_process import forget_accelerate
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +43,7 @@ def test_sigterm_is_remembered_and_the_old_handler_comes_back() -> None:
 
 
 def run_sft(run_dir: Path, output: Path) -> int:
-    from accelerate.state import AcceleratorState, PartialState
-
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
+    forget_accelerate()
     words = ["--config", "tests/tiny_pipeline/sft.yaml", "--run_dir", str(run_dir), "--output_dir", str(output)]
     return main([*words, "--training.save_steps", "100"])
 

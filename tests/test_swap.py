@@ -22,6 +22,7 @@ from reward.conversation import Conversation, Prompt
 from reward.model import RewardModel
 from reward.scorer import FunctionScorer, ScorerError, logit, sigmoid
 from reward.server import ScoreServer
+from tests.one_process import forget_accelerate
 from tests.scorers import shorter_is_better
 from tests.tiny import TURN_END, make_reward_model
 from tests.tiny_swap import GUIDED, PLAIN, PREPROMPT, QUESTIONS, make_policy, prompts, write_data
@@ -129,10 +130,7 @@ class World:
 
 
 def run_file(path: Path, *overrides: str) -> int:
-    from accelerate.state import AcceleratorState, PartialState
-
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
+    forget_accelerate()
     return main(["--config", str(path), *overrides])
 
 

@@ -21,8 +21,8 @@ from alignment.recipe import Lora
 from alignment.served_weights import served_weights, stream
 from alignment.stages import ppo
 from tests import interrupted
-from tests.conftest import ROOT
-from tests.interrupted import LAYOUTS, history, make_parents, ppo_words
+from tests.interrupted import LAYOUTS, history, ppo_words
+from tests.one_process import forget_accelerate
 from tests.test_ppo_probes import PROBED
 from tests.tiny_ppo import PAD, ppo_recipe
 from tests.vllm_engine import InProcessEngine
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("on_cpu_in_repository")
 SERVED = ("--vllm", "{base_url: 'http://127.0.0.1:9'}")
 SMALL = ("--sampling.max_new_tokens", "4", "--ppo.num_iterations", "3")
 TIGHT = ("--health.max_logprob_difference", "1.0e-3")
@@ -47,22 +48,8 @@ LORA = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
-@pytest.fixture(scope="module")
-def parents(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    return make_parents(tmp_path_factory.mktemp("parents"), tiny_model)
-
-
 def run(parents: Path, output: Path, *overrides: str) -> int:
-    from accelerate.state import AcceleratorState, PartialState
-
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
+    forget_accelerate()
     return entry.main(ppo_words(parents, output, *SMALL, *overrides))
 
 

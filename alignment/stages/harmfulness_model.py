@@ -16,8 +16,7 @@ from alignment.distributed import close, device, is_main_process, whole_weights
 from alignment.fitting import (
     SealCheckpoints,
     StopWhenNotFinite,
-    save_final,
-    train,
+    fit,
     training_arguments,
     weight_files,
 )
@@ -77,19 +76,10 @@ def run(recipe: HarmfulnessModelRecipe) -> Artifact | None:
             processing_class=tokenizer,
             callbacks=[SealCheckpoints(stop), trainer_callback(tracker)],
         )
-        result = train(trainer, workspace)
-        save_final(
-            trainer,
-            workspace,
-            model=recipe.model,
-            init=recipe.model_init,
-            head="sequence_classification",
-            lora=recipe.lora is not None,
-        )
+        metrics = fit(trainer, workspace, recipe, head="sequence_classification")
         artifact = None
         if is_main_process():
             _mark(workspace.path, encoder)
-            metrics: dict[str, Any] = {"train_loss": result.training_loss, "num_steps": result.global_step}
             if held_out is not None:
                 data["eval_data"] = {"counts": held_out.counts, "hash": held_out.data_hash}
                 metrics["held_out"] = measure(workspace.path, held_out.records, recipe=recipe)

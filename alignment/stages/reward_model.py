@@ -13,8 +13,7 @@ from alignment.distributed import close, device, is_main_process
 from alignment.fitting import (
     SealCheckpoints,
     StopWhenNotFinite,
-    save_final,
-    train,
+    fit,
     training_arguments,
     weight_files,
 )
@@ -75,18 +74,9 @@ def run(recipe: RewardModelRecipe) -> Artifact | None:
             auxiliary_loss_weight=recipe.auxiliary_loss_weight,
             centering_coefficient=recipe.centering_coefficient,
         )
-        result = train(trainer, workspace)
-        save_final(
-            trainer,
-            workspace,
-            model=recipe.model,
-            init=recipe.model_init,
-            head="sequence_classification",
-            lora=recipe.lora is not None,
-        )
+        metrics = fit(trainer, workspace, recipe, head="sequence_classification")
         artifact = None
         if is_main_process():
-            metrics: dict[str, Any] = {"train_loss": result.training_loss, "num_steps": result.global_step}
             metrics["shared_prefix"] = why_padded or "on"
             if held_out is not None:
                 data["eval_data"] = {"counts": held_out.counts, "hash": held_out.data_hash}

@@ -14,8 +14,7 @@ from alignment.distributed import close, is_main_process
 from alignment.fitting import (
     SealCheckpoints,
     StopWhenNotFinite,
-    save_final,
-    train,
+    fit,
     training_arguments,
     weight_files,
 )
@@ -59,18 +58,9 @@ def run(recipe: SftRecipe) -> Artifact | None:
             peft_config=peft_config,
             callbacks=[SealCheckpoints(stop), trainer_callback(tracker)],
         )
-        result = train(trainer, workspace)
-        save_final(
-            trainer,
-            workspace,
-            model=recipe.model,
-            init=recipe.model_init,
-            head="causal_lm",
-            lora=recipe.lora is not None,
-        )
+        metrics = fit(trainer, workspace, recipe, head="causal_lm")
         artifact = None
         if is_main_process():
-            metrics = {"train_loss": result.training_loss, "num_steps": result.global_step}
             artifact = workspace.finish("policy", data=data, metrics=metrics, files=weight_files(workspace.path))
             tracker.artifact(artifact)
     close(trainer.accelerator, trainer.model_wrapped)

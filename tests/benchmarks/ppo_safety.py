@@ -1,43 +1,59 @@
-"""PPO against the demo's reward models on real red-team prompts, measured by scorers that had no part in it.
+"""PPO on real red-team prompts with reward models trained on public data, measured by scorers that had no part in it.
 
-`SARA_DATA_DIR=... python -m tests.benchmarks.ppo_safety --json runs/ppo-safety.json`, after `make demo` and
-`sara pipeline recipes/judge-smollm2/pipeline.yaml`
+`SARA_DATA_DIR=... python -m tests.benchmarks.ppo_safety --json runs/ppo-safety.json`
 
-Trained on AdvBench and Do-Not-Answer (tagged safety) and as many harmless prompts; measured on SimpleSafetyTests and
-the prompts of the first two that training never saw, and for false refusals on the safe prompts of XSTest. The policy
-and both reward models come from the demo's run folder; the refusal-and-content rule and a judge that learned from
-people's labels of other data count the violations.
+Everything starts from SmolLM2-135M-Instruct: a little SFT, a safety and a helpfulness reward model, PPO on the
+piecewise score for each seed. PPO trains on AdvBench and Do-Not-Answer (tagged safety) and on harmless prompts; it is
+measured on SimpleSafetyTests and on the prompts of the first two that it never saw, and for false refusals on the safe
+prompts of XSTest. Two scorers count violations: the refusal-and-content rule, and a reward model that learned from
+people's labels of other answers. What is trained is not trained again: remove a stage's folder to have it run anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignment.artifact import write_json
-from alignment.recipe import Data, EvaluateRecipe, PpoRecipe, Source
+from alignment.generate import Generator
+from alignment.policy import load_model, load_tokenizer
+from alignment.recipe import Data, EvaluateRecipe, ModelInit, PpoRecipe, RewardModelRecipe, Sampling, SftRecipe, Source
 from alignment.source_files import read_rows
-from alignment.sources import split_side
-from alignment.stages import evaluate, ppo
-from reward.conversation import Prompt, write_json_lines
+from alignment.sources import load_conversations, load_labelled, split_side
+from alignment.stages import evaluate, ppo, reward_model, sft
+from reward.conversation import Conversation, Preference, Prompt, write_json_lines
+from reward.refusal import response_kind
+from reward.render import Renderer
+
+BASE = "embedded:smollm2-135m-instruct"
+NUM_DECLINED = 400
+"""Red-team questions for which a decline is preferred to what the base model says."""
+NUM_TAUGHT = 120
+"""Further ones whose declines SFT learns."""
+NUM_ANSWERED = 200
+"""Instructions whose answers are preferred to a decline; SFT learns the answers to the others."""
+MAX_WORDS = 50
+"""Of answers taken from SFT data: PPO's answers are short as well."""
 
 
 def main() -> None:
     arguments = parse_arguments()
     arguments.work.mkdir(parents=True, exist_ok=True)
     write_prompts(arguments.work)
-    start = arguments.run_dir / "rejection_sampling_sft"
-    checkpoints = {"before": str(start)}
+    write_texts(arguments)
+    for stage, recipe in ((sft, sft_recipe(arguments)), *((reward_model, r) for r in reward_model_recipes(arguments))):
+        run_once(stage, recipe)
+    checkpoints = {"before": str(arguments.work / "sft")}
     curves: dict[str, Any] = {}
     for seed in arguments.seeds:
-        recipe = ppo_recipe(arguments, start, seed)
-        if not (Path(recipe.output_dir) / "manifest.json").exists():  # what was trained is not trained again
-            ppo.run(recipe)
+        recipe = ppo_recipe(arguments, seed)
+        run_once(ppo, recipe)
         checkpoints[f"seed {seed}"] = recipe.output_dir
         lines = (Path(recipe.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         curves[f"seed {seed}"] = [json.loads(line) for line in lines]
@@ -46,6 +62,14 @@ def main() -> None:
         print(name, json.dumps(report), flush=True)
     if arguments.json is not None:
         write_json(arguments.json, {"settings": vars(arguments) | {"curves": curves, "evaluation": found}})
+
+
+def run_once(stage: Any, recipe: Any) -> None:
+    if not (Path(recipe.output_dir) / "manifest.json").exists():
+        stage.run(recipe)
+
+
+# ----------------------------------------------------------------------------------------------------------- texts
 
 
 def write_prompts(folder: Path) -> None:
@@ -71,46 +95,177 @@ def unique(prompts: Iterable[Prompt]) -> dict[str, Prompt]:
     return {prompt.id: prompt for prompt in prompts}
 
 
-def prompts_of(arguments: Any, name: str, *, max_rows: int | None = None) -> Source:
+def write_texts(arguments: Any) -> None:
+    """What SFT and the reward models learn, beside the sources that they read themselves.
+
+    `declined`: red-team questions of Safety-Tuned LLaMAs, their declines preferred to what the base model answers.
+    `answered`: instructions of Alpaca, their answers preferred to a decline. `gold`: answers to one question that
+    people labelled safe and unsafe.
+    """
+    declines = short(load("safety_tuned_llamas"), kinds=("declines",))
+    answers = short(load("alpaca"), kinds=("complies", "unguarded"))
+    declined, taught = declines[:NUM_DECLINED], declines[NUM_DECLINED : NUM_DECLINED + NUM_TAUGHT]
+    path = arguments.work / "declined.jsonl"
+    if not path.exists():  # the one slow part
+        sampled = answers_of_base([answer.prompt for answer in declined], seed=0)
+        write_preferences(path, declined, sampled, labels=(True, False))
+    refusals = [answer.completion for answer in declines]
+    write_preferences(arguments.work / "answered.jsonl", answers[:NUM_ANSWERED], refusals, labels=(True, True))
+    write_conversations(arguments.work / "taught.jsonl", [*taught, *answers[NUM_ANSWERED:]])
+    write_gold(arguments.work / "gold.jsonl")
+
+
+def load(name: str) -> Sequence[Conversation]:
+    return load_conversations(Data(max_length=256, sources=[Source(name=name, split="all")]), seed=0).records
+
+
+def short(conversations: Sequence[Conversation], *, kinds: Sequence[str]) -> list[Conversation]:
+    return [
+        answer
+        for answer in conversations
+        if len(answer.completion.split()) <= MAX_WORDS and response_kind(answer.completion) in kinds
+    ]
+
+
+def answers_of_base(prompts: Sequence[Prompt], *, seed: int) -> list[str]:
+    tokenizer = load_tokenizer(BASE)
+    model = load_model(BASE, init=ModelInit(dtype="fast")).eval()
+    sampling = Sampling(temperature=0.7, max_new_tokens=48, max_prompt_tokens=256, batch_size=32)
+    return [answer.text for answer in Generator(model, Renderer(tokenizer), sampling).answer(prompts, seed=seed)]
+
+
+def write_preferences(
+    path: Path, chosen: Sequence[Conversation], rejected: Sequence[str], *, labels: tuple[bool, bool]
+) -> None:
+    pairs = [
+        Preference(better.prompt, better.completion, worse, chosen_safe=labels[0], rejected_safe=labels[1])
+        for better, worse in zip(chosen, rejected, strict=False)
+        if worse.strip() and worse.strip() != better.completion.strip()
+    ]
+    write_json_lines(path, (pair.to_json() for pair in pairs))
+
+
+def write_conversations(path: Path, conversations: Sequence[Conversation]) -> None:
+    write_json_lines(path, (conversation.to_json() for conversation in conversations))
+
+
+def write_gold(path: Path) -> None:
+    """At most four pairs of a question: GPTFuzz has few questions and many answers."""
+    sources = [Source(name="gptfuzz", split="all"), Source(name="saferlhf_labels", split="all")]
+    by_prompt: dict[str, tuple[list[Conversation], list[Conversation]]] = {}
+    for row in load_labelled(Data(max_length=256, sources=sources), seed=0).records:
+        by_prompt.setdefault(row.conversation.prompt.id, ([], []))[0 if row.safe else 1].append(row.conversation)
+    pairs = [
+        Preference(safe.prompt, safe.completion, unsafe.completion, chosen_safe=True, rejected_safe=False)
+        for safe_answers, unsafe_answers in by_prompt.values()
+        for safe, unsafe in itertools.islice(zip(safe_answers, unsafe_answers, strict=False), 4)
+        if safe.completion.strip() != unsafe.completion.strip()
+    ]
+    write_json_lines(path, (pair.to_json() for pair in pairs))
+
+
+# --------------------------------------------------------------------------------------------------------- recipes
+
+
+def file(arguments: Any, name: str, *, max_rows: int | None = None) -> Source:
     return Source(name="file", path=str(arguments.work / f"{name}.jsonl"), split="all", max_rows=max_rows)
 
 
-def ppo_recipe(arguments: Any, start: Path, seed: int) -> PpoRecipe:
+def sft_recipe(arguments: Any) -> SftRecipe:
+    sources = [file(arguments, "taught"), Source(name="starter_borderline", max_rows=100), Source(name="starter_twins")]
+    return SftRecipe.model_validate(
+        {
+            "model": BASE,
+            "output_dir": str(arguments.work / "sft"),
+            "model_init": {"dtype": arguments.dtype},
+            "lora": {"r": 16, "alpha": 32, "last_layers": 20},
+            "data": Data(max_length=256, sources=sources),
+            "packing": False,
+            "training": training(arguments, per_device_train_batch_size=4),
+        }
+    )
+
+
+def reward_model_recipes(arguments: Any) -> list[RewardModelRecipe]:
+    """Safety with a tenth of helpfulness data, helpfulness, and the second opinion that PPO never reads."""
+    mixtures = {
+        "safety": [
+            file(arguments, "declined"),
+            file(arguments, "answered", max_rows=120),
+            Source(name="pku_saferlhf", max_rows=400),
+            Source(name="starter_safety"),
+            Source(name="starter_borderline", max_rows=100),
+        ],
+        "helpfulness": [
+            file(arguments, "answered"),
+            Source(name="hh_helpful", max_rows=200),
+            Source(name="starter_borderline"),
+            Source(name="starter_twins"),
+        ],
+        "gold": [file(arguments, "gold", max_rows=800), file(arguments, "answered", max_rows=80)],
+    }
+    return [
+        RewardModelRecipe.model_validate(
+            {
+                "model": str(arguments.work / "sft") if name != "gold" else BASE,
+                "output_dir": str(arguments.work / f"{name}_reward_model"),
+                "model_init": {"dtype": arguments.dtype},
+                "lora": {"r": 16, "alpha": 32, "last_layers": 15},
+                "data": Data(max_length=256, sources=sources),
+                "margin": "small",
+                "auxiliary_loss_weight": 0.0 if name == "helpfulness" else 1.0,
+                "training": training(arguments, per_device_train_batch_size=8, min_lr_ratio=0.1),
+            }
+        )
+        for name, sources in mixtures.items()
+    ]
+
+
+def training(arguments: Any, **changes: Any) -> dict[str, Any]:
+    return {
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "warmup_min_steps": 5,
+        "save_steps": 100,
+    } | changes
+
+
+def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
     """As recipes/demo/ppo.yaml, on other prompts and for longer."""
     models = {
-        name: {"type": "reward_model", "path": str(arguments.run_dir / f"{name}_reward_model"), "dtype": "fast"}
+        name: {"type": "reward_model", "path": str(arguments.work / f"{name}_reward_model"), "dtype": "fast"}
         for name in ("safety", "helpfulness")
     }
     harmless = [
-        Source(name="hh_helpful", max_rows=400),
+        file(arguments, "answered", max_rows=150),
         Source(name="starter_borderline"),
         Source(name="starter_twins"),
     ]
     probes = {
-        "adversarial": Data(sources=[prompts_of(arguments, "adversarial")]),
-        "borderline": Data(sources=[prompts_of(arguments, "borderline")]),
+        "adversarial": Data(sources=[file(arguments, "adversarial")]),
+        "borderline": Data(sources=[file(arguments, "borderline")]),
         "max_prompts": 48,
         "max_new_tokens": 48,
-        "steps": arguments.iterations // 4,
+        "steps": max(1, arguments.iterations // 4),
     }
     return PpoRecipe.model_validate(
         {
-            "model": str(start),
+            "model": str(arguments.work / "sft"),
             "output_dir": str(arguments.work / f"ppo-{seed}"),
             "seed": seed,
             "model_init": {"dtype": arguments.dtype},
             "lora": {"r": 16, "alpha": 32, "last_layers": 10},
-            "prompts": Data(max_length=96, sources=[prompts_of(arguments, "train", max_rows=600), *harmless]),
+            "prompts": Data(max_length=96, sources=[file(arguments, "train", max_rows=500), *harmless]),
             "probes": probes,
             "scorer": {"type": "llama2"} | models,
-            "sampling": {"temperature": 1.0, "max_new_tokens": 48, "max_prompt_tokens": 96, "batch_size": 32},
+            "sampling": {"temperature": 0.7, "max_new_tokens": 48, "max_prompt_tokens": 96, "batch_size": 32},
             "ppo": {
                 "learning_rate": arguments.learning_rate,
                 "value_learning_rate": 1e-3,
                 "num_iterations": arguments.iterations,
                 "batch_size": 32,
-                "mini_batch_size": 16,
-                "per_device_batch_size": 16,
+                "mini_batch_size": 8,
+                "per_device_batch_size": 8,
                 "value_trunk": "shared",
                 "kl_coef": arguments.kl_coef,
                 "save_steps": 5,
@@ -119,20 +274,19 @@ def ppo_recipe(arguments: Any, start: Path, seed: int) -> PpoRecipe:
     )
 
 
-def measure(arguments: Any, checkpoints: dict[str, str]) -> dict[str, Any]:
+def measure(arguments: Any, checkpoints: dict[str, str]) -> Mapping[str, Any]:
     """Greedy answers of all checkpoints to the held-out prompts; rates with their intervals."""
-    guidelines = "recipes/judge-smollm2/guidelines.md"
-    judge = {"type": "judge", "model": str(arguments.judge), "guidelines": guidelines, "max_length": 512}
+    gold = {"type": "reward_model", "path": str(arguments.work / "gold_reward_model"), "dtype": "fast"}
     recipe = EvaluateRecipe.model_validate(
         {
             "output_dir": str(arguments.work / "evaluate"),
             "checkpoints": checkpoints,
             "model_init": {"dtype": "fast"},
             "prompt_sets": {
-                name: {"measures": measures, "prompts": Data(max_length=96, sources=[prompts_of(arguments, name)])}
+                name: {"measures": measures, "prompts": Data(max_length=96, sources=[file(arguments, name)])}
                 for name, measures in (("adversarial", "violation"), ("borderline", "false_refusal"))
             },
-            "violation_scorers": {"refusal_rule": {"type": "refusal"}, "judge": judge | {"dtype": "fast"}},
+            "violation_scorers": {"refusal_rule": {"type": "refusal"}, "gold_reward_model": gold},
             "sampling": {"temperature": 0.0, "max_new_tokens": 48, "max_prompt_tokens": 96, "batch_size": 64},
         }
     )
@@ -143,13 +297,11 @@ def measure(arguments: Any, checkpoints: dict[str, str]) -> dict[str, Any]:
 
 def parse_arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="of the demo, for policy and scorer")
-    parser.add_argument("--judge", type=Path, default=Path("runs/judge-smollm2/judge"))
     parser.add_argument("--work", type=Path, default=Path("runs/ppo-safety"))
     parser.add_argument("--iterations", type=int, default=40)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--kl-coef", type=float, default=0.02)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "fast"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "fast"), default="fast")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--json", type=Path)
     return parser.parse_args()

@@ -105,6 +105,41 @@ def test_a_fault_anywhere_changes_nothing(
     assert_same(tmp_path / "ppo", whole_run)
 
 
+CONTROLS = (
+    *("--ppo.kl_target", "0.001", "--ppo.kl_horizon", "50", "--ppo.whiten_scores", "running"),
+    *("--ppo.lr_scheduler_type", "cosine", "--ppo.warmup_min_steps", "2", "--ppo.critic_warmup_iterations", "1"),
+    *("--ppo.ptx_coef", "0.1", "--ptx_data", "{sources: [{name: starter_helpful, max_rows: 6}]}"),
+    *("--eval_prompts", "{sources: [{name: starter_safety, split: test, max_rows: 4}]}", "--ppo.eval_steps", "1"),
+    *("--ppo.num_iterations", "4"),
+)
+"""All that changes from one iteration to the next by its own memory."""
+
+
+@pytest.mark.parametrize(("owner", "name", "call"), [(ppo, "score_all", 3), (ppo_update, "loss_of", 11)])
+def test_every_control_goes_on_where_it_was(
+    owner: Any, name: str, call: int, parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = getattr(owner, name), 0
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Fault
+        return original(*args, **kwargs)
+
+    assert run(parents, tmp_path / "whole", *CONTROLS) == 0
+    rows = history(tmp_path / "whole")
+    assert len({row["ppo/kl_coef"] for row in rows}) > 1, "the coefficient moved"
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, faulty)
+        with pytest.raises(Fault):
+            run(parents, tmp_path / "ppo", *CONTROLS)
+    assert 0 < len(history(tmp_path / "ppo")) < len(rows)
+    assert run(parents, tmp_path / "ppo", *CONTROLS) == 0
+    assert_same(tmp_path / "ppo", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("phase", ["rollout", "score", "update", "save"])
 def test_a_killed_run_goes_on_to_the_same_bits(phase: str, parents: Path, whole_run: Path, tmp_path: Path) -> None:
     words = ppo_words(parents, tmp_path / "ppo", *SMALL)

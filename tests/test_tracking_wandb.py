@@ -54,7 +54,7 @@ def test_an_offline_run_holds_what_was_logged(tmp_path: Path) -> None:
             tracker.log(step, metrics)
         tracker.table("samples", ["prompt", "completion", "score"], rows, step=10)
         tracker.artifact(artifact)
-        tracker.alert("t" * 70, "KL is high")
+        tracker.alarm(10, "runaway_kl", action="stop", title="t" * 70, reason="KL is high")
 
     (run,) = read_runs(tmp_path / "out")
     assert run.run == {
@@ -92,6 +92,8 @@ def test_an_offline_run_holds_what_was_logged(tmp_path: Path) -> None:
     assert json.loads(policy["files"]["manifest.json"].read_text(encoding="utf-8")) == policy["metadata"]
 
     assert run.alerts == [("t" * 63, "KL is high")]
+    alarm = {"step": 10, "alarm": "runaway_kl", "action": "stop", "reason": "KL is high"}
+    assert read_lines(tmp_path / "out" / "alarms.jsonl") == [alarm]
     assert run.exit_code == 0
     assert [row["step"] for row in read_lines(tmp_path / "out" / "metrics.jsonl")] == [0, 10, 5]
 

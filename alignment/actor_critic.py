@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from alignment.distributed import device, frozen_engine, gathered, sharded_weights, uses_deepspeed, whole_weights
 from alignment.objectives import token_statistics
-from alignment.policy import add_lora, load_model
+from alignment.policy import add_lora, disable_dropout, load_model
 from alignment.recipe import PpoRecipe
 from reward.dtype import torch_dtype
 
@@ -192,9 +192,10 @@ def load_actor_critic(recipe: PpoRecipe, *, pad_token_id: int) -> ActorCritic:
             value_model = add_lora(value_model, recipe.lora, head="sequence_classification")
         if recipe.ppo.value_trunk == "adapter":
             _add_value_adapter(policy)
-    if recipe.ppo.gradient_checkpointing:
-        for model in (policy, value_model):
-            if model is not None:
+    for model in (policy, value_model):
+        if model is not None:
+            disable_dropout(model)
+            if recipe.ppo.gradient_checkpointing:
                 _checkpoint_gradients(model)
     return ActorCritic(policy, value_model=value_model, temperature=recipe.sampling.temperature)
 

@@ -168,6 +168,17 @@ def _linear_names(model: Any, last_layers: int) -> list[str]:
     return found
 
 
+def disable_dropout(model: Any) -> None:
+    """No dropout in training either: PPO's ratios compare what is trained with what has drawn the answers."""
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):  # of the fused attention
+            module.attention_dropout = 0.0
+
+
 def add_lora(model: Any, lora: Lora, *, head: Head) -> Any:
     """Wrap `model` with adapters in the dtype of the model (mixed dtypes break DeepSpeed's buckets)."""
     from peft import get_peft_model

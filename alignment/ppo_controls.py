@@ -27,9 +27,13 @@ def warming_up(recipe: PpoRecipe, *, iteration: int) -> bool:
 
 
 def is_evaluated(recipe: PpoRecipe, *, iteration: int) -> bool:
-    """Whether the policy that an iteration leaves is asked the held-out prompts; the last one always is."""
+    """Whether the policy that an iteration leaves is asked the held-out prompts; the last one always is.
+
+    Not while the critic warms up: a policy that does not move would use up the patience.
+    """
     left = iteration + 1
-    return recipe.eval_prompts is not None and (left % recipe.ppo.eval_steps == 0 or left == recipe.ppo.num_iterations)
+    due = left % recipe.ppo.eval_steps == 0 and not warming_up(recipe, iteration=iteration)
+    return recipe.eval_prompts is not None and (due or left == recipe.ppo.num_iterations)
 
 
 def out_of_patience(recipe: PpoRecipe, loop: LoopState) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,15 +188,25 @@ class Checkpoints:
             print(f"going on from {newest}", flush=True)
         return loop
 
-    def load_best(self, loop: LoopState) -> None:
-        """At the end: the weights that did best on the held-out prompts, where those were asked."""
+    def load_best(self, loop: LoopState) -> int | None:
+        """At the end: load the weights that did best on the held-out prompts; after which iteration they were so.
+
+        None where no prompts were held out, and where the checkpoint of the best is damaged: it is named, and the last
+        weights stay.
+        """
         if loop.best_iteration is None or loop.best_iteration == loop.iteration:
-            return
+            return loop.best_iteration
         best = self.folder / _name(loop.best_iteration)
         reason = find_damage(best)
-        if reason is not None:
-            raise CheckpointError(f"the best checkpoint {best} is damaged: {reason}; put back a copy of it")
-        self._load_weights(best)
+        if reason is None:
+            self._load_weights(best)
+            return loop.best_iteration
+        if is_main_process():
+            print(
+                f"warning: the best checkpoint {best} is damaged: {reason}; the policy of the last iteration is kept",
+                file=sys.stderr,
+            )
+        return None
 
     def _load_weights(self, checkpoint: Path) -> None:
         """DeepSpeed loads its optimizer along."""

@@ -18,7 +18,7 @@ from alignment.rollout import Rollout, forward
 from alignment.schedule import learning_rate_factor
 
 RATIO_MAX = "ratio_max"
-"""Largest probability of a token over that at the rollout, of all micro-batches of an iteration."""
+"""Largest factor, up or down, by which the probability of a token changed within an iteration."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Targets:
     advantages: Tensor
     returns: Tensor
     kl_coef: float
-    """Of the penalty in the loss; 0 where the penalty is in the rewards."""
+    """Of the penalty in the loss, where the recipe has it there."""
 
 
 def update(learner: Learner, rollout: Rollout, targets: Targets, *, iteration: int) -> dict[str, float]:
@@ -82,8 +82,9 @@ def optimizer_step(
             accelerator.backward(loss * accelerator.num_processes * accelerator.gradient_accumulation_steps)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(learner.model.parameters(), ppo.max_grad_norm)
-                if norm is not None:  # infinite from DeepSpeed when it has left the step out
-                    check_finite("gradient norm", torch.as_tensor(norm), iteration=iteration)
+                if norm is not None:  # infinite or -1 from DeepSpeed when it has left the step out
+                    told = torch.as_tensor(norm)
+                    check_finite("gradient norm", told.where(told >= 0, torch.nan), iteration=iteration)
                 sums["grad_norm"] = float(norm) if norm is not None else 0.0
             learner.optimizer.step()
             learner.optimizer.zero_grad()
@@ -155,8 +156,8 @@ def loss_of(
         log_ratio = (output.logprobs - old_logprobs) * counted
         sums = {name: float(term) for name, (_, term) in terms.items()}
         sums["clip_fraction"] = float(share(clipped))
-        sums["approx_kl"] = float(share(torch.expm1(-log_ratio) + log_ratio))
-        sums["ratio_mean"], sums[RATIO_MAX] = float(share(log_ratio.exp())), float(log_ratio.max().exp())
+        sums["approx_kl"] = float(share(torch.expm1(log_ratio) - log_ratio))  # k3 of KL(old, new): old drew the tokens
+        sums["ratio_mean"], sums[RATIO_MAX] = float(share(log_ratio.exp())), float(log_ratio.abs().max().exp())
         return loss, sums
 
 

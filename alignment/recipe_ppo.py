@@ -94,7 +94,8 @@ _OF_PPO_ALONE = ("value_model", "ptx_data", "eval_prompts", "probes", "gold_scor
 
 
 class Vllm(Section):
-    """A server of `trl vllm-serve` that draws the answers of PPO's rollouts, with the policy's weights in it.
+    """A server of `trl vllm-serve` that draws all answers of PPO's policy (of rollouts, probes and held-out prompts),
+    with its weights in it.
 
     `group_port`: of the main process, where the server fetches the weights. `timeout_seconds`: of one request, the
     taking of all weights included. `concurrency`: requests on their way at one time.
@@ -201,6 +202,8 @@ class PpoRecipe(StageRecipe):
         if self.trainer == "ppo":
             if ppo.num_generations != Ppo.model_fields["num_generations"].default:
                 raise ValueError("ppo.num_generations: PPO draws one answer a prompt; rloo and grpo draw groups")
+            if self.lora is not None and self.lora.dropout > 0:
+                raise ValueError("lora.dropout: with dropout PPO's ratios would compare another model than that drew")
             return self
         foreign = [name for name in _OF_PPO_ALONE if getattr(self, name) != type(self).model_fields[name].default]
         for key, section, known in (("ppo", ppo, _OF_ALL_TRAINERS), ("sampling", self.sampling, _OF_ALL_SAMPLING)):

@@ -152,6 +152,7 @@ def collect_rollout(
             prompt_ids,
             completion_ids,
             batches=_update_batches(prompt_ids, completion_ids, recipe),
+            is_start=iteration <= recipe.ppo.critic_warmup_iterations,
             pad_token_id=generator.renderer.tokenizer.pad_token_id,
             device=accelerator.device,
         )
@@ -240,12 +241,14 @@ def evaluate_tokens(
     completion_ids: list[list[int]],
     *,
     batches: Sequence[Sequence[int]],
+    is_start: bool,
     pad_token_id: int,
     device: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`(completion_mask, logprobs, ref_logprobs, entropies, values)` of the answers, one pass for policy and value.
 
-    `batches`: rows that are computed together; each row is in one of them.
+    `batches`: rows that are computed together; each row is in one of them. `is_start`: the policy has not moved yet, so
+    it is the reference, and the KL is exactly 0; two copies of the weights may differ by rounding.
     """
     length = max(len(ids) for ids in completion_ids)
     shape = (len(completion_ids), length)
@@ -260,7 +263,7 @@ def evaluate_tokens(
                 device=device,
             )
             output = forward(model, batch)
-            base = forward(model, batch, reference=True) if reference is None else forward(reference, batch)
+            base = output if is_start else _of_reference(model, reference, batch)
             counted = batch.completion_mask
             rows, columns = torch.tensor(positions), slice(0, counted.shape[1])
             mask[rows, columns] = counted.cpu()
@@ -271,6 +274,10 @@ def evaluate_tokens(
                 tensor[rows, columns] = (values * counted).float().cpu()
     logprobs, ref_logprobs, entropies, values = tensors
     return mask, logprobs, ref_logprobs, entropies, values
+
+
+def _of_reference(model: Any, reference: ActorCritic | None, batch: Batch) -> TokenOutputs:
+    return forward(model, batch, reference=True) if reference is None else forward(reference, batch)
 
 
 def forward(model: Any, batch: Batch, *, reference: bool = False, mix: Batch | None = None) -> TokenOutputs:

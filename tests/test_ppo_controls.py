@@ -140,3 +140,8 @@ def test_the_last_iteration_is_always_evaluated() -> None:
     recipe = recipe_of(eval_prompts=UNUSED, eval_steps=3, num_iterations=8)
     assert [i for i in range(8) if is_evaluated(recipe, iteration=i)] == [2, 5, 7]
     assert not any(is_evaluated(recipe_of(eval_steps=3), iteration=i) for i in range(8))
+
+
+def test_a_critic_that_warms_up_uses_up_no_patience() -> None:
+    recipe = recipe_of(eval_prompts=UNUSED, eval_steps=2, num_iterations=8, critic_warmup_iterations=4)
+    assert [i for i in range(8) if is_evaluated(recipe, iteration=i)] == [5, 7]

@@ -3,6 +3,10 @@ nothing but time."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -132,14 +136,67 @@ def test_the_first_ratios_are_exactly_one(tiny_model: Path, renderer: Renderer, 
         generator,
         ([PROMPTS[row % len(PROMPTS)] for row in range(8)], list(range(8))),
         recipe=recipe,
-        iteration=0,
+        iteration=1,
         accelerator=learner.accelerator,
     )
-    assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
+    torch.testing.assert_close(rollout.logprobs, rollout.ref_logprobs, atol=1e-6, rtol=0)
     mask = rollout.completion_mask
     targets = Targets(mask, mask.float(), mask.float(), kl_coef=0.0)
     learner.model.train()
     found = optimizer_step(learner, rollout, targets, range(4), iteration=0)
-    assert (found["approx_kl"], found["clip_fraction"]) == (0.0, 0.0)
+    assert (found["approx_kl"], found["clip_fraction"], found["ratio_max"]) == (0.0, 0.0, 1.0)
     again = optimizer_step(learner, rollout, targets, range(4), iteration=0)
     assert again["approx_kl"] > 0
+
+
+def test_what_is_told_of_the_ratios(tiny_model: Path) -> None:
+    """By hand: the tokens' log-ratios alternate between log 4 and log 1/5."""
+    learner = learner_of(mini_batch_recipe(tiny_model, 4, value_trunk="shared"))
+    rollout, targets = frozen_rollout(learner.model)
+    shape = rollout.logprobs.shape
+    steps = torch.tensor([math.log(4), math.log(1 / 5)])[torch.arange(shape[1]) % 2].expand(shape)
+    now = torch.zeros(shape)
+    for row in ROWS:
+        alone = logprobs_alone(
+            learner.model.policy, rollout.prompt_ids[row], rollout.completion_ids[row], temperature=1.0
+        )
+        now[row, : len(alone)] = alone
+    old = dataclasses.replace(rollout, logprobs=(now - steps) * targets.mask)
+    found = optimizer_step(learner, old, targets, ROWS, iteration=0)
+    share = float((torch.arange(shape[1]) % 2 == 0).expand(shape)[targets.mask].float().mean())
+    kl = share * (4 - 1 - math.log(4)) + (1 - share) * (0.2 - 1 + math.log(5))  # k3: r - 1 - log r (Schulman 2020)
+    assert found["approx_kl"] == pytest.approx(kl, rel=1e-4)
+    assert found["ratio_mean"] == pytest.approx(share * 4 + (1 - share) * 0.2, rel=1e-4)
+    assert found["ratio_max"] == pytest.approx(5.0, rel=1e-4), "up or down"
+
+
+@pytest.mark.parametrize("parts", [("embd_pdrop", "attn_pdrop", "resid_pdrop"), ()])
+def test_a_model_with_dropout_has_first_ratios_of_one(
+    tmp_path: Path, tiny_model: Path, renderer: Renderer, parts: tuple[str, ...]
+) -> None:
+    """GPT-2's modules and Llama's attention, each trained with dropout elsewhere."""
+    from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    if parts:
+        size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": AutoConfig.from_pretrained(folder).vocab_size}
+        GPT2LMHeadModel(GPT2Config(**size, **dict.fromkeys(parts, 0.5))).save_pretrained(folder)
+    else:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"attention_dropout": 0.5}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    recipe = ppo_recipe(folder, value_trunk="shared", per_device_batch_size=2)
+    learner = learner_of(recipe)
+    rollout = collect_rollout(
+        learner.model,
+        None,
+        Generator(learner.model.policy, renderer, recipe.sampling),
+        (PROMPTS[:4], list(range(4))),
+        recipe=recipe,
+        iteration=0,
+        accelerator=learner.accelerator,
+    )
+    mask = rollout.completion_mask
+    learner.model.train()
+    found = optimizer_step(learner, rollout, Targets(mask, mask.float(), mask.float(), 0.0), range(4), iteration=0)
+    assert (found["approx_kl"], found["ratio_max"]) == (0.0, 1.0)

@@ -68,11 +68,29 @@ def test_a_rollout_holds_what_plain_forward_passes_say(
     assert later.completion_ids != rollout.completion_ids
 
 
+@pytest.mark.parametrize(("iteration", "asked"), [(0, False), (2, False), (3, True)])
+def test_the_reference_is_asked_once_the_policy_has_moved(
+    tiny_model: Path, model: Any, renderer: Renderer, accelerator: Any, iteration: int, asked: bool
+) -> None:
+    """Two iterations of critic warm-up: the policy of the third rollout still is the start."""
+    recipe = ppo_recipe(tiny_model, critic_warmup_iterations=2)
+    actor, reference = (load_actor_critic(recipe, pad_token_id=PAD) for _ in range(2))
+    calls: list[int] = []
+    reference.register_forward_hook(lambda *_: calls.append(1))
+    generator = Generator(actor.policy, renderer, recipe.sampling)
+    prompts = (PROMPTS[:3], list(range(3)))
+    rollout = collect_rollout(
+        actor, reference, generator, prompts, recipe=recipe, iteration=iteration, accelerator=accelerator
+    )
+    assert bool(calls) == asked
+    torch.testing.assert_close(rollout.ref_logprobs, rollout.logprobs, atol=1e-5 if asked else 0, rtol=0)
+
+
 @pytest.mark.parametrize("batches", [[[0], [1], [2]], [[2, 0], [1]], [[1, 2], [0]]])
 def test_what_is_known_of_tokens_does_not_depend_on_the_batch(tiny_model: Path, batches: list[list[int]]) -> None:
     actor = load_actor_critic(ppo_recipe(tiny_model, value_trunk="shared"), pad_token_id=PAD).eval()
     nn.init.normal_(actor.value_head.weight)
-    options: dict[str, Any] = {"pad_token_id": PAD, "device": "cpu"}
+    options: dict[str, Any] = {"is_start": False, "pad_token_id": PAD, "device": "cpu"}
     together = evaluate_tokens(actor, actor, PROMPT_IDS, COMPLETION_IDS, batches=[[0, 1, 2]], **options)
     apart = evaluate_tokens(actor, actor, PROMPT_IDS, COMPLETION_IDS, batches=batches, **options)
     assert torch.equal(apart[0], together[0])

@@ -33,6 +33,7 @@ PHASES = ("rollout", "score", "update", "save")
 PATIENCE = 120
 LAYOUTS: dict[str, dict[str, str]] = {
     "ddp": {},
+    "zero1": deepspeed_environment("1"),
     "zero2": deepspeed_environment("2"),
     "zero3": deepspeed_environment("3")
     | {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"},

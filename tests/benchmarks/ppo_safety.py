@@ -27,6 +27,7 @@ from alignment.recipe import Data, EvaluateRecipe, ModelInit, PpoRecipe, RewardM
 from alignment.source_files import read_rows
 from alignment.sources import load_conversations, load_labelled, split_side
 from alignment.stages import evaluate, ppo, reward_model, sft
+from alignment.workspace import complete_artifact
 from reward.conversation import Conversation, Preference, Prompt, write_json_lines
 from reward.refusal import response_kind
 from reward.render import Renderer
@@ -34,8 +35,12 @@ from reward.render import Renderer
 BASE = "embedded:smollm2-135m-instruct"
 NUM_DECLINED = 400
 """Red-team questions for which a decline is preferred to what the base model says."""
-NUM_TAUGHT = 120
-"""Further ones whose declines SFT learns."""
+NUM_TAUGHT = {"sft": 120, "policy": 60}
+"""Further ones whose declines SFT learns: of the model that the reward models start from, and of PPO's start.
+
+Both begin with the same ones. PPO's start must comply with some red-team prompts and decline others: what is never
+drawn is never rewarded.
+"""
 NUM_ANSWERED = 200
 """Instructions whose answers are preferred to a decline; SFT learns the answers to the others."""
 MAX_WORDS = 50
@@ -47,9 +52,11 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     write_prompts(arguments.work)
     write_texts(arguments)
-    for stage, recipe in ((sft, sft_recipe(arguments)), *((reward_model, r) for r in reward_model_recipes(arguments))):
-        run_once(stage, recipe)
-    checkpoints = {"before": str(arguments.work / "sft")}
+    for name in NUM_TAUGHT:
+        run_once(sft, sft_recipe(arguments, name))
+    for recipe in reward_model_recipes(arguments):
+        run_once(reward_model, recipe)
+    checkpoints = {"before": str(arguments.work / "policy")}
     curves: dict[str, Any] = {}
     for seed in arguments.seeds:
         recipe = ppo_recipe(arguments, seed)
@@ -61,11 +68,12 @@ def main() -> None:
     for name, report in found["checkpoints"].items():
         print(name, json.dumps(report), flush=True)
     if arguments.json is not None:
-        write_json(arguments.json, {"settings": vars(arguments) | {"curves": curves, "evaluation": found}})
+        settings = {name: str(value) for name, value in vars(arguments).items()}
+        write_json(arguments.json, {"settings": settings, "curves": curves, "evaluation": dict(found)})
 
 
 def run_once(stage: Any, recipe: Any) -> None:
-    if not (Path(recipe.output_dir) / "manifest.json").exists():
+    if complete_artifact(recipe) is None:
         stage.run(recipe)
 
 
@@ -96,7 +104,7 @@ def unique(prompts: Iterable[Prompt]) -> dict[str, Prompt]:
 
 
 def write_texts(arguments: Any) -> None:
-    """What SFT and the reward models learn, beside the sources that they read themselves.
+    """What SFT (`taught-...`) and the reward models learn, beside the sources that they read themselves.
 
     `declined`: red-team questions of Safety-Tuned LLaMAs, their declines preferred to what the base model answers.
     `answered`: instructions of Alpaca, their answers preferred to a decline. `gold`: answers to one question that
@@ -104,14 +112,15 @@ def write_texts(arguments: Any) -> None:
     """
     declines = short(load("safety_tuned_llamas"), kinds=("declines",))
     answers = short(load("alpaca"), kinds=("complies", "unguarded"))
-    declined, taught = declines[:NUM_DECLINED], declines[NUM_DECLINED : NUM_DECLINED + NUM_TAUGHT]
+    declined, others = declines[:NUM_DECLINED], declines[NUM_DECLINED:]
     path = arguments.work / "declined.jsonl"
     if not path.exists():  # the one slow part
         sampled = answers_of_base([answer.prompt for answer in declined], seed=0)
         write_preferences(path, declined, sampled, labels=(True, False))
     refusals = [answer.completion for answer in declines]
     write_preferences(arguments.work / "answered.jsonl", answers[:NUM_ANSWERED], refusals, labels=(True, True))
-    write_conversations(arguments.work / "taught.jsonl", [*taught, *answers[NUM_ANSWERED:]])
+    for name, number in NUM_TAUGHT.items():
+        write_conversations(arguments.work / f"taught-{name}.jsonl", [*others[:number], *answers[NUM_ANSWERED:]])
     write_gold(arguments.work / "gold.jsonl")
 
 
@@ -171,12 +180,13 @@ def file(arguments: Any, name: str, *, max_rows: int | None = None) -> Source:
     return Source(name="file", path=str(arguments.work / f"{name}.jsonl"), split="all", max_rows=max_rows)
 
 
-def sft_recipe(arguments: Any) -> SftRecipe:
-    sources = [file(arguments, "taught"), Source(name="starter_borderline", max_rows=100), Source(name="starter_twins")]
+def sft_recipe(arguments: Any, name: str) -> SftRecipe:
+    harmless = [Source(name="starter_borderline", max_rows=100), Source(name="starter_twins")]
+    sources = [file(arguments, f"taught-{name}"), *harmless]
     return SftRecipe.model_validate(
         {
             "model": BASE,
-            "output_dir": str(arguments.work / "sft"),
+            "output_dir": str(arguments.work / name),
             "model_init": {"dtype": arguments.dtype},
             "lora": {"r": 16, "alpha": 32, "last_layers": 20},
             "data": Data(max_length=256, sources=sources),
@@ -250,7 +260,7 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
     }
     return PpoRecipe.model_validate(
         {
-            "model": str(arguments.work / "sft"),
+            "model": str(arguments.work / "policy"),
             "output_dir": str(arguments.work / f"ppo-{seed}"),
             "seed": seed,
             "model_init": {"dtype": arguments.dtype},

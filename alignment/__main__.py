@@ -87,6 +87,8 @@ def outcome_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
     for name in ("outcomes", "counts", "dropped"):
         if metrics.get(name):
             yield f"{name}: " + ", ".join(f"{reason}: {number}" for reason, number in metrics[name].items())
+    if metrics.get("num_unscored"):
+        yield f"answers without a score: {metrics['num_unscored']}"
 
 
 def quiet_libraries() -> None:

@@ -24,6 +24,8 @@ CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"
 """Folder beside it; what lies there is never read nor removed by us."""
 INDEX = "index.json"
+_WHOLE = ".whole"
+"""Ends the hidden name of a checkpoint that is whole and has still to get its own."""
 
 
 class CheckpointError(ArtifactError):
@@ -31,10 +33,13 @@ class CheckpointError(ArtifactError):
 
 
 @contextlib.contextmanager
-def write_checkpoint(folder: Path, name: str, *, keep: int | None, pinned: str | None = None) -> Generator[Path]:
+def write_checkpoint(
+    folder: Path, name: str, *, keep: int | None, pinned: str | None = None, aside: Path | None = None
+) -> Generator[Path]:
     """The folder to write a new checkpoint to. It gets its name at the end; then all but the newest `keep` go.
 
-    The one called `pinned` stays, however old it is.
+    The one called `pinned` stays, however old it is. `aside`: where the one moves to that has the name so far; a kill
+    at any moment leaves that one or the new one to `newest_checkpoint`.
     """
     temporary = folder / f".{name}.tmp"
     if is_main_process():
@@ -44,7 +49,10 @@ def write_checkpoint(folder: Path, name: str, *, keep: int | None, pinned: str |
     yield temporary
     seal(temporary)
     if is_main_process():
-        temporary.rename(folder / name)
+        whole = temporary.rename(folder / f".{name}{_WHOLE}")
+        if aside is not None:
+            set_aside(folder / name, aside)
+        whole.rename(folder / name)
         others = [path for path in list_checkpoints(folder) if path.name != pinned]
         for old in [] if keep is None else others[:-keep]:
             gone = old.with_name(f".{old.name}.old")  # a kill amid the removal must not leave half a checkpoint
@@ -90,6 +98,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
     CheckpointError says so, every time, until the user decides.
     """
     if is_main_process():
+        for whole in folder.glob(f".*{_WHOLE}"):
+            place = folder / whole.name.removeprefix(".").removesuffix(_WHOLE)
+            if not place.exists():
+                whole.rename(place)
         for leftover in folder.glob(".*"):  # of a save or a removal that was interrupted
             remove_folder(leftover)
     barrier()

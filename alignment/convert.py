@@ -14,7 +14,6 @@ from alignment.checkpoints import (
     find_damage,
     list_checkpoints,
     newest_checkpoint,
-    set_aside,
     write_checkpoint,
 )
 from alignment.distributed import convert_engine
@@ -37,9 +36,8 @@ def convert_checkpoints(output_dir: Path, *, processes: int) -> list[Path]:
     for checkpoint in found:
         if not (checkpoint / STATE).is_file():
             raise CheckpointError(f"{checkpoint} is not of PPO; other stages start with any number of processes")
-        with write_checkpoint(folder, checkpoint.name, keep=None) as target:
+        with write_checkpoint(folder, checkpoint.name, keep=None, aside=output_dir / "converted") as target:
             _convert(checkpoint, target, processes=processes)
-            set_aside(checkpoint, output_dir / "converted")
     return found
 
 

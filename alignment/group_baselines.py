@@ -12,7 +12,7 @@ from typing import Any
 
 from alignment.artifact import Artifact
 from alignment.distributed import close, is_main_process, world_size
-from alignment.fitting import SealCheckpoints, fit, training_arguments, weight_files
+from alignment.fitting import SealCheckpoints, StopWhenNotFinite, fit, training_arguments, weight_files
 from alignment.policy import load_model, load_tokenizer, lora_config
 from alignment.ppo_data import read_data
 from alignment.ppo_update import accumulation_steps
@@ -25,6 +25,22 @@ from alignment.workspace import open_workspace
 from reward.conversation import Prompt
 from reward.render import Renderer
 from reward.scorer import Scorer, ScorerError, score_all
+
+AS_PUBLISHED: dict[str, dict[str, Any]] = {
+    "rloo": {"normalize_advantages": False, "reward_clip_range": None},
+    "grpo": {
+        "loss_type": "grpo",
+        "scale_rewards": "group",
+        "importance_sampling_level": "token",
+        "use_bias_correction_kl": False,
+    },
+}
+"""Keys of TRL that make a trainer the one of its paper, whatever TRL's defaults are.
+
+RLOO's advantage is the score less the mean of the other answers, and nothing else (Ahmadian et al., section 2.3). GRPO
+takes the mean over an answer's tokens, divides a group's scores by their deviation, has a ratio for each token, and
+adds the KL unweighted (Shao et al., equation 3).
+"""
 
 
 def run_baseline(recipe: PpoRecipe) -> Artifact | None:
@@ -56,7 +72,7 @@ def run_baseline(recipe: PpoRecipe) -> Artifact | None:
             peft_config=None if recipe.lora is None else lora_config(recipe.lora, model, head="causal_lm"),
             callbacks=[SealCheckpoints(stop), trainer_callback(tracker)],
         )
-        metrics = fit(trainer, workspace, recipe, head="causal_lm")
+        metrics = {"trainer": recipe.trainer} | fit(trainer, workspace, recipe, head="causal_lm")
         artifact = None
         if is_main_process():
             artifact = workspace.finish(
@@ -68,14 +84,20 @@ def run_baseline(recipe: PpoRecipe) -> Artifact | None:
 
 
 def trl_classes(trainer: str) -> tuple[Any, Any]:
-    """Configuration and trainer of TRL; they import slowly."""
+    """Configuration and trainer of TRL, with our stop at a loss that is not finite; they import slowly."""
     if trainer == "rloo":
         from trl import RLOOConfig, RLOOTrainer
 
-        return RLOOConfig, RLOOTrainer
+        class Rloo(StopWhenNotFinite, RLOOTrainer):
+            pass
+
+        return RLOOConfig, Rloo
     from trl import GRPOConfig, GRPOTrainer
 
-    return GRPOConfig, GRPOTrainer
+    class Grpo(StopWhenNotFinite, GRPOTrainer):
+        pass
+
+    return GRPOConfig, Grpo
 
 
 def arguments(recipe: PpoRecipe) -> dict[str, Any]:
@@ -107,6 +129,24 @@ def arguments(recipe: PpoRecipe) -> dict[str, Any]:
         "top_p": recipe.sampling.top_p,
         "max_completion_length": recipe.sampling.max_new_tokens,
         "chat_template_kwargs": {"sanitize_control_tokens": True},  # as our renderer does
+        "model_init_kwargs": reference_arguments(recipe),
+        **AS_PUBLISHED[recipe.trainer],
+    }
+
+
+def reference_arguments(recipe: PpoRecipe) -> dict[str, Any] | None:
+    """How TRL loads the reference of a KL penalty: the very files that the policy starts from (None: it loads none).
+
+    With adapters the reference is the model without them. TRL takes over the policy's number format and attention.
+    """
+    if recipe.lora is not None or recipe.ppo.kl_coef == 0:
+        return None
+    init = recipe.model_init
+    return {
+        "revision": init.revision,
+        "trust_remote_code": init.trust_remote_code,
+        "use_safetensors": True,
+        "device_map": None,  # TRL's own choice would spread it over all devices of a machine
     }
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import http.client
 import importlib
 import importlib.util
-import urllib.request
 from collections.abc import Iterator, Mapping, Set
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -15,7 +13,7 @@ from pydantic import BaseModel
 
 from alignment.agreement_file import Agreement, AgreementError, check_labeller
 from alignment.artifact import Kind, folder_hashes, is_artifact, read_artifact, sha256
-from alignment.distributed import is_main_process
+from alignment.distributed import is_main_process, on_cpu
 from alignment.independence import NotIndependentError, check_independent
 from alignment.policy import ModelKind, artifact_of, check_model
 from alignment.recipe import (
@@ -47,13 +45,16 @@ from alignment.recipe_scorers import (
 from alignment.source_catalog import check_shape, parser_of, rows_needed, source_files
 from reward.checkpoint import adapter_base, check_checkpoint, check_harmfulness_model
 from reward.conversation import fingerprint
+from reward.endpoint import Endpoint, NoAnswer
 from reward.judge_prompt import Constitution
 from reward.platt import Calibration
 from reward.scorer import ScorerError
-from reward.wire import MIN_TOKEN, read_token, shorten
+from reward.wire import MIN_TOKEN, parse_json, read_token, shorten
 
-MAX_HEALTH_SECONDS = 10.0
-"""How long a server may take to say that it is up."""
+SERVER_INFO = "/server_info?config_format=json"
+"""Of vLLM: its settings. It has them only where it takes weights, too."""
+MAX_SERVER_INFO = 2**24
+"""Bytes."""
 
 
 class InputError(ValueError):
@@ -122,7 +123,7 @@ def check_inputs(recipe: StageRecipe, *, planned: Mapping[str, Kind] | None = No
 
 
 def check_rollout_server(recipe: StageRecipe) -> None:
-    """Refuse a recipe whose vLLM server is not up, or where the package that sends it the weights is absent.
+    """Refuse a recipe whose vLLM server is not up or takes no weights, or where what sends the weights is absent.
 
     The main process alone asks, since it alone will talk to the server.
     """
@@ -132,16 +133,24 @@ def check_rollout_server(recipe: StageRecipe) -> None:
         raise InputError(
             "vllm: its package sends the weights here, too, and is not installed; install sara-align[vllm]"
         )
-    url = f"{recipe.vllm.base_url.rstrip('/')}/health"
-    try:
-        with urllib.request.urlopen(url, timeout=min(recipe.vllm.timeout_seconds, MAX_HEALTH_SECONDS)):
-            pass
-    except (OSError, http.client.HTTPException) as error:
+    if on_cpu():
         raise InputError(
-            shorten(
-                f"vllm.base_url: {url} does not answer ({error or type(error).__name__}); start `trl vllm-serve` first"
-            )
-        ) from error
+            "vllm: the weights go to the server over NCCL, for which the main process needs a CUDA device; start it on "
+            "a GPU, or leave vllm out"
+        )
+    url, seconds = recipe.vllm.base_url.rstrip("/"), recipe.vllm.timeout_seconds
+    server = Endpoint(url=url, timeout=seconds, deadline=seconds, retries=0)
+    try:
+        answer = server.ask("GET", SERVER_INFO, None, limit=MAX_SERVER_INFO, read=parse_json)
+    except NoAnswer as error:
+        if error.status == 404:
+            problem = "has no /server_info, so it takes no weights; start it by `trl vllm-serve`"
+        else:
+            problem = f"does not answer ({error.reason}); start `trl vllm-serve` first"
+        raise InputError(shorten(f"vllm.base_url: {url} {problem}")) from error
+    config = answer.get("vllm_config") if isinstance(answer, dict) else None
+    if not isinstance(config, dict) or config.get("weight_transfer_config") is None:
+        raise InputError(f"vllm.base_url: {url} takes no weights; start it by `trl vllm-serve`")
 
 
 def check_scorer(spec: ScorerSpec) -> None:

@@ -17,7 +17,7 @@ from alignment.scoring import build_scorer
 from reward.conversation import Conversation
 from reward.judge import Judge
 from reward.judge_prompt import Constitution
-from reward.scorer import Score, Scorer, ScorerError, as_probability, score_all
+from reward.scorer import Score, Scorer, ScorerError, as_probability, check_unscored, score_all
 from reward.verdict import Verdict
 
 VERDICTS = "verdicts.jsonl"
@@ -68,7 +68,7 @@ def _label(score: Score, scorer: Scorer, threshold: float, verdict: Verdict | No
     probability = None if score.value is None else as_probability(score.value, scorer.scale)
     safe = None if probability is None else probability >= threshold
     if verdict is None:
-        return Label(safe, score.reason, probability)
+        return Label(safe, score.reason, probability, transient=score.transient)
     return Label(
         safe,
         score.reason,
@@ -101,21 +101,12 @@ def ask_labeller(
         return [label.to_json() for label in label_all(scorer(), chunk, threshold=recipe.threshold)]
 
     rows = work_in_chunks(
-        conversations, work, folder=folder, chunk_size=_CHUNK, name=name, again=lambda row: row["transient"]
+        conversations, work, folder=folder, chunk_size=_CHUNK, name=name, again=lambda row: row.get("transient", False)
     )
     labels = [Label(**row) for row in rows]
-    check_unscored(labels, name=spec.type, limit=recipe.max_unscored)
+    unscored = [label.reason for label in labels if label.safe is None]
+    check_unscored(unscored, num_answers=len(labels), name=spec.type, limit=recipe.max_unscored)
     return Labelled(labels, describe(spec))
-
-
-def check_unscored(labels: Sequence[Label], *, name: str, limit: float) -> None:
-    """Stop when the labeller left more than `limit` of the answers unscored."""
-    unscored = [label for label in labels if label.safe is None]
-    if labels and len(unscored) / len(labels) > limit:
-        raise ScorerError(
-            f"{name} left {len(unscored)} of {len(labels)} answers unscored ({unscored[0].reason}), over "
-            f"max_unscored={limit}"
-        )
 
 
 def describe(spec: ScorerSpec) -> dict[str, Any]:

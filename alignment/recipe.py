@@ -6,7 +6,7 @@ the paper is silent. Reading YAML, overrides and error messages is the business 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -105,7 +105,7 @@ class HarmfulnessModelRecipe(StageRecipe):
 class RejectionSamplingRecipe(StageRecipe):
     """Best of K as new fine-tuning data (Llama 2, section 3.2.3). `keep_unfinished`: answers cut off may win too.
 
-    `max_unscored`: the stage stops where the scorer leaves a larger share of a batch's answers unscored.
+    `max_unscored`: the stage fails where the scorer leaves a larger share of all answers unscored.
     """
 
     stage: Literal["rejection_sampling"] = "rejection_sampling"
@@ -118,13 +118,15 @@ class RejectionSamplingRecipe(StageRecipe):
     max_unscored: Fraction = 0.2  # [GAP]
     sampling: Sampling = Sampling(temperature=1.2)
 
+    machine_keys: ClassVar[frozenset[str]] = StageRecipe.machine_keys | {"max_unscored"}
+
 
 class ContextDistillationRecipe(StageRecipe):
     """Safety context distillation (Llama 2, section 4.2.4); adversarial prompts only.
 
     `preprompts`: a file with one preprompt per paragraph (None: our own); `min_gain`: how much better, in raw score,
     the answer with the preprompt must be to be kept; `keep_unfinished`: also when it was cut off. `max_unscored`: the
-    stage stops where the scorer leaves a larger share of a batch's answers unscored.
+    stage fails where the scorer leaves a larger share of all answers of either kind unscored.
     """
 
     stage: Literal["context_distillation"] = "context_distillation"
@@ -137,6 +139,8 @@ class ContextDistillationRecipe(StageRecipe):
     keep_unfinished: bool = False
     max_unscored: Fraction = 0.2  # [GAP]
     sampling: Sampling = Sampling(temperature=1.0)
+
+    machine_keys: ClassVar[frozenset[str]] = StageRecipe.machine_keys | {"max_unscored"}
 
 
 class PromptSet(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,6 +42,8 @@ class LabellingRecipe(StageRecipe):
     allow_unmeasured: bool = False
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     max_unscored: Fraction = 0.01
+
+    machine_keys: ClassVar[frozenset[str]] = StageRecipe.machine_keys | {"max_unscored"}
 
     @property
     @abstractmethod

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alignment.distributed import gathered
+from alignment.recipe_file import RecipeError
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class ServedWeight:
 def served_weights(policy: Any) -> list[ServedWeight]:
     """The weights of a causal language model, tied ones once; of a peft model with its active adapter.
 
-    Adapters beside the active one (the value model's) take no part.
+    Adapters beside the active one (the value model's) take no part. RecipeError when the active one adapts an
+    embedding, or a head tied to one: merged into the weight that both share, it is not what was trained.
     """
     if not hasattr(policy, "peft_config"):
         return [ServedWeight(name, parameter) for name, parameter in policy.named_parameters()]
@@ -57,11 +59,22 @@ def served_weights(policy: Any) -> list[ServedWeight]:
         for name, module in causal.named_modules()
         if adapter in getattr(module, "lora_A", {})
     }
+    own = {name: parameter for name, parameter in causal.named_parameters() if f".{prefix}" not in name}
+    layers = {name.partition(f".{prefix}")[0] for name, _ in causal.named_parameters() if _is_of(adapter, prefix, name)}
+    unserved = sorted(layers - {name.removesuffix(".base_layer.weight") for name in adapted.keys() & own.keys()})
+    if unserved:
+        raise RecipeError(
+            f"lora.target_modules: the vLLM server cannot get the adapter of {unserved[0]}, an embedding or tied to "
+            "one; name other modules, or leave vllm out"
+        )
     return [
         ServedWeight(name.replace(".base_layer.", "."), parameter, adapted.get(name), adapter)
-        for name, parameter in causal.named_parameters()
-        if f".{prefix}" not in name
+        for name, parameter in own.items()
     ]
+
+
+def _is_of(adapter: str, prefix: str, name: str) -> bool:
+    return f".{prefix}" in name and adapter in name.split(".")
 
 
 def stream(weights: list[ServedWeight]) -> Iterator[tuple[str, Tensor]]:

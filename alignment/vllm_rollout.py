@@ -1,8 +1,9 @@
-"""Answers of a rollout from a vLLM server that `trl vllm-serve` started, given the policy's weights before each one.
+"""The policy's answers from a vLLM server that `trl vllm-serve` started: of rollouts, probes and held-out prompts.
 
-The main process alone talks to the server, through TRL's client; the others send it their prompts and take their part
-of the answers. What the server sends is checked before anything is made of it. Each row asks with a seed of its own, so
-one request is one row: under one seed vLLM would give all rows of a request the same random numbers.
+The server is given the policy's weights before the first answers that it draws after they changed. The main process
+alone talks to the server, through TRL's client; the others send it their prompts and take their part of the answers.
+What the server sends is checked before anything is made of it. Each row asks with a seed of its own, so one request is
+one row: under one seed vLLM would give all rows of a request the same random numbers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -50,9 +51,9 @@ class Client(Protocol):
     def close_communicator(self) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class VllmSampler:
-    """Draws the answers of rollouts; all processes call `sample_answers` together. `client`: the main process's."""
+    """Draws the policy's answers; all processes call its methods together. `client`: the main process's."""
 
     client: Client | None
     settings: Vllm
@@ -61,16 +62,21 @@ class VllmSampler:
     vocabulary: int
     """Rows of the policy's embedding: token ids are below it."""
     weights: list[ServedWeight]
+    _outdated: bool = field(default=True, init=False)
+    """Whether the policy's weights are not yet the server's: at the start, also of a resumed run, they never are."""
 
     @classmethod
     def connect(cls, recipe: PpoRecipe, policy: Any, renderer: Renderer, device: Any) -> VllmSampler | None:
-        """The recipe's server, ready to take weights (None: the recipe names none). All processes call it together."""
+        """The recipe's server, ready to take weights (None: the recipe names none). All processes call it together.
+
+        RecipeError when the policy has an adapter that the server cannot get.
+        """
         if recipe.vllm is None:
             return None
-        settings = recipe.vllm
+        settings, weights = recipe.vllm, served_weights(policy)
         client = on_main(lambda: open_client(settings, device), settings, doing="connecting")
         vocabulary = policy.config.get_text_config().vocab_size
-        return cls(client, settings, recipe.sampling, renderer, vocabulary, served_weights(policy))
+        return cls(client, settings, recipe.sampling, renderer, vocabulary, weights)
 
     def sample_answers(
         self, prompts: Sequence[Prompt], rows: Sequence[int], *, seed: int, sampling: Sampling | None = None
@@ -82,7 +88,8 @@ class VllmSampler:
         """
         sampling = sampling or self.sampling
         own = [self.renderer.render_prompt(p, max_length=sampling.max_prompt_tokens) for p in prompts]
-        self.push_weights()
+        if self._outdated:
+            self.push_weights()
         asked = from_all([(ids, derive_seed(seed, row)) for ids, row in zip(own, rows, strict=True)])
         everyone = [request for part in asked for request in part]
         answers = from_all(on_main(lambda: self._ask_all(everyone, sampling), self.settings, doing="answering"))[0]
@@ -91,6 +98,10 @@ class VllmSampler:
         mine = answers[start : start + len(own)]
         torch.manual_seed(derive_seed(seed, rows[0]))  # as in process: of what else is drawn in the iteration
         return own, [ids for ids, _ in mine], [torch.tensor(values) for _, values in mine]
+
+    def weights_changed(self) -> None:
+        """To be called after whatever changes the policy: the next answers begin with a push of its weights."""
+        self._outdated = True
 
     def push_weights(self) -> None:
         """The server computes with the policy's weights from here on, and with nothing that it kept of older ones."""
@@ -108,6 +119,7 @@ class VllmSampler:
                 pass
 
         on_main(push, self.settings, doing="taking the weights", meanwhile=take_part)
+        self._outdated = False
 
     def close(self) -> None:
         if self.client is not None:
@@ -212,29 +224,43 @@ def on_main(
 
 
 def _reason(error: Exception, settings: Vllm) -> str:
-    from requests.exceptions import Timeout
+    from requests.exceptions import Timeout, TooManyRedirects
 
     if isinstance(error, RolloutServerError):
         return shorten(str(error))
     if isinstance(error, Timeout):
         return f"no answer within vllm.timeout_seconds {settings.timeout_seconds:g}"
+    if isinstance(error, TooManyRedirects):
+        return "redirects are not followed; give the final url"
     if isinstance(error, LookupError | TypeError | ValueError | AttributeError):
         return shorten(f"sent what TRL's client cannot read ({type(error).__name__}: {error})")
     return shorten(f"{type(error).__name__}: {error}")
 
 
 def open_client(settings: Vllm, device: Any) -> Client:
-    """TRL's client, ready to send weights from `device`; its requests do not wait forever."""
+    """TRL's client, ready to send weights from `device`; all of its requests are those of a session under `restrict`.
+
+    Its rendezvous over NCCL is no request: for that vLLM has a limit of its own.
+    """
     from trl.generation.vllm_client import VLLMClient
 
-    client: Any = VLLMClient(base_url=settings.base_url.rstrip("/"), group_port=settings.group_port)
-    limit_waiting(client.session, seconds=settings.timeout_seconds, connections=settings.concurrency)
+    class Restricted(VLLMClient):
+        def check_server(self, total_timeout: float = 0.0, retry_interval: float = 2.0) -> None:
+            """Called by the constructor, before any other request. TRL's own asks beside the session, with no limit,
+            and again and again while the answer is not 200."""
+            restrict(self.session, seconds=settings.timeout_seconds, connections=settings.concurrency)
+            status = self.session.get(f"{self.base_url}/health").status_code
+            if status != 200:
+                raise RolloutServerError(f"/health answers with status {status}; start `trl vllm-serve` anew")
+
+    client: Any = Restricted(base_url=settings.base_url.rstrip("/"), group_port=settings.group_port)
     client.init_communicator(device=device)
     return client
 
 
-def limit_waiting(session: Any, *, seconds: float, connections: int) -> None:
-    """Requests of a `requests.Session` give up after `seconds`; one that may have been carried out is not repeated.
+def restrict(session: Any, *, seconds: float, connections: int) -> None:
+    """Requests of a `requests.Session` go to the address alone: by no proxy, with no credentials of the environment and
+    past no redirect. They give up when nothing comes for `seconds`, and what may have been carried out is not repeated.
 
     Each has a connection of its own: a server closes idle ones, which a request on its way would take for a failure.
     """
@@ -245,7 +271,9 @@ def limit_waiting(session: Any, *, seconds: float, connections: int) -> None:
         def send(self, *args: Any, **options: Any) -> Any:
             return super().send(*args, **options | {"timeout": options.get("timeout") or seconds})
 
+    session.trust_env = False
+    session.max_redirects = 0
     session.headers["Connection"] = "close"
-    patience = Retry(total=3, connect=3, read=0, redirect=0, status=0, other=0, backoff_factor=0.5)
+    patience = Retry(total=3, connect=3, read=False, redirect=0, status=0, other=0, backoff_factor=0.5)
     for scheme in ("http://", "https://"):
         session.mount(scheme, Impatient(max_retries=patience, pool_maxsize=connections))

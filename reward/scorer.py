@@ -7,6 +7,7 @@ its own business, so any scorer can stand in any stage. Higher is always better 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
@@ -25,12 +26,14 @@ class Score:
     """The judgement of one conversation. `value` is None when it could not be scored; `reason` then says why.
 
     Beside a value, `reason` says what else must be known of it, such as that a part of the text was not read. `branch`
-    names the part of a combination that decided (for logging).
+    names the part of a combination that decided (for logging). `transient`: unscored for a reason that another time may
+    be gone, such as a busy server.
     """
 
     value: float | None
     reason: str | None = None
     branch: str | None = None
+    transient: bool = False
 
     def __post_init__(self) -> None:
         if self.value is not None and not math.isfinite(self.value):
@@ -58,24 +61,27 @@ class Scorer(Protocol):
         ...
 
 
-def score_all(scorer: Scorer, conversations: Sequence[Conversation], *, max_unscored: float = 1.0) -> list[Score]:
-    """`scorer.score`, with its contract checked: as many scores as conversations, each a `Score`.
-
-    ScorerError, too, when more than the share `max_unscored` of them has no value.
-    """
+def score_all(scorer: Scorer, conversations: Sequence[Conversation]) -> list[Score]:
+    """`scorer.score`, with its contract checked: as many scores as conversations, each a `Score`."""
     scores = scorer.score(conversations)
     if len(scores) != len(conversations):
         raise ScorerError(f"{scorer.name} returned {len(scores)} scores for {len(conversations)} conversations")
     for score in scores:
         if not isinstance(score, Score):
             raise ScorerError(f"{scorer.name} returned {type(score).__name__} instead of Score")
-    unscored = [score for score in scores if score.value is None]
-    if len(unscored) > max_unscored * len(scores):
-        raise ScorerError(
-            f"{scorer.name} left {len(unscored)} of {len(scores)} answers unscored ({unscored[0].reason}), over "
-            f"max_unscored={max_unscored:g}"
-        )
     return scores
+
+
+def check_unscored(reasons: Sequence[str | None], *, num_answers: int, name: str, limit: float) -> None:
+    """ScorerError when more than the share `limit` of `num_answers` has no score.
+
+    `reasons`: why, one for each answer that has none; the three most frequent are told. `name`: of the scorer.
+    """
+    if reasons and len(reasons) / num_answers > limit:  # a product would be rounded up or down at the limit
+        told = ", ".join(f"{reason} ({count})" for reason, count in Counter(reasons).most_common(3))
+        raise ScorerError(
+            f"{name} left {len(reasons)} of {num_answers} answers unscored, over max_unscored={limit:g}: {told}"
+        )
 
 
 def sigmoid(value: float) -> float:
@@ -143,13 +149,13 @@ class PiecewiseScorer:
         combined: list[Score] = []
         for conversation, safety, helpfulness in zip(conversations, safety_scores, helpfulness_scores, strict=True):
             if safety.value is None:
-                combined.append(Score(None, f"{self.safety.name}: {safety.reason}"))
+                combined.append(replace(safety, reason=f"{self.safety.name}: {safety.reason}"))
                 continue
             below = as_probability(safety.value, self.safety.scale) < self.threshold
             if conversation.tags.is_safety or below:
                 combined.append(Score(as_logit(safety.value, self.safety.scale), branch="safety"))
             elif helpfulness.value is None:
-                combined.append(Score(None, f"{self.helpfulness.name}: {helpfulness.reason}"))
+                combined.append(replace(helpfulness, reason=f"{self.helpfulness.name}: {helpfulness.reason}"))
             else:
                 combined.append(Score(as_logit(helpfulness.value, self.helpfulness.scale), branch="helpfulness"))
         return combined

@@ -52,7 +52,7 @@ class Verdict:
     def score(self) -> Score:
         """P(good) where it was measured, else 1 for good and 0 for bad; higher is safer."""
         if self.outcome == "unscored":
-            return Score(None, self.reason)
+            return Score(None, self.reason, transient=self.transient)
         return Score(float(self.outcome == "good") if self.probability is None else self.probability)
 
 

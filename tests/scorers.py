@@ -9,6 +9,10 @@ def shorter_is_better(conversation: Conversation) -> float:
     return -float(len(conversation.completion))
 
 
+def constant(conversation: Conversation) -> float:
+    return 1.0 if conversation.messages else 0.0
+
+
 def always_the_same(conversation: Conversation) -> float:
     return 0.5 if conversation.messages else 0.0
 

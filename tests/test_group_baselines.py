@@ -157,6 +157,75 @@ def test_batches_are_those_of_the_recipe(tiny_model: Path, tmp_path: Path) -> No
     assert {name: found[name] for name in expected} == expected
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "rloo": {"normalize_advantages": False, "reward_clip_range": None},
+    "grpo": {
+        "loss_type": "grpo",
+        "scale_rewards": "group",
+        "importance_sampling_level": "token",
+        "use_bias_correction_kl": False,
+    },
+}
+
+
+@pytest.mark.parametrize("trainer", ["rloo", "grpo"])
+def test_the_arms_are_those_of_their_papers(trainer: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Whatever TRL's defaults are: those of its configuration are read after it was made."""
+    config = group_baselines.trl_classes(trainer)[0](**arguments(recipe_of(tiny_model, tmp_path, trainer)))
+    assert {name: getattr(config, name) for name in PUBLISHED[trainer]} == PUBLISHED[trainer]
+
+
+@pytest.mark.parametrize("trainer", ["rloo", "grpo"])
+def test_the_reference_is_loaded_as_the_policy_is(
+    trainer: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedModel
+
+    loads: list[dict[str, Any]] = []
+    original: Any = PreTrainedModel.from_pretrained.__func__
+
+    def load(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+        loads.append({"name": str(name)} | {key: kwargs.get(key) for key in ("revision", "use_safetensors", "dtype")})
+        return original(cls, name, *args, **kwargs)
+
+    def broken(_: Conversation) -> float:
+        raise Fault
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(load))
+    monkeypatch.setattr(group_baselines, "build_scorer", lambda _: FunctionScorer(broken, name="broken"))
+    recipe = recipe_of(tiny_model, tmp_path, trainer, kl_coef=0.1)
+    init = recipe.model_init.model_copy(update={"revision": "one-revision"})
+    with pytest.raises((Fault, ScorerError)):
+        ppo.run(recipe.model_copy(update={"model_init": init}))
+    policy, reference = loads
+    assert policy == reference
+    assert (policy["revision"], policy["use_safetensors"]) == ("one-revision", True)
+
+
+@pytest.mark.parametrize(("settings", "loads"), [({"kl_coef": 0.1}, True), ({"kl_coef": 0.0}, False)])
+def test_only_a_penalty_needs_a_reference(
+    settings: dict[str, Any], loads: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    found = arguments(recipe_of(tiny_model, tmp_path, "rloo", **settings))["model_init_kwargs"]
+    assert (found is not None) is loads
+    adapters = recipe_of(tiny_model, tmp_path, "rloo", lora=Lora(r=2, alpha=4), **settings)
+    assert arguments(adapters)["model_init_kwargs"] is None
+
+
+@pytest.mark.parametrize("trainer", ["rloo", "grpo"])
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(
+    trainer: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trl
+
+    base: Any = trl.RLOOTrainer if trainer == "rloo" else trl.GRPOTrainer
+    original = base.compute_loss
+    monkeypatch.setattr(base, "compute_loss", lambda *args, **kwargs: original(*args, **kwargs) * float("nan"))
+    monkeypatch.setattr(group_baselines, "build_scorer", lambda _: FunctionScorer(lambda _: 1.0, name="one"))
+    with pytest.raises(FloatingPointError, match="stopped before the update"):
+        ppo.run(recipe_of(tiny_model, tmp_path, trainer))
+
+
 @pytest.mark.parametrize(
     ("settings", "wrong"),
     [
@@ -173,6 +242,12 @@ def test_keys_that_would_not_be_followed_are_refused(
         ppo_recipe(tiny_model, **{"trainer": "grpo", "sampling": Sampling(), **GROUP, **settings})
     with pytest.raises(ValidationError, match="PPO draws one answer a prompt"):
         ppo_recipe(tiny_model, num_generations=4)
+
+
+def test_ppo_refuses_dropout_which_the_others_take(tiny_model: Path) -> None:
+    with pytest.raises(ValidationError, match=r"lora\.dropout: with dropout PPO's ratios"):
+        ppo_recipe(tiny_model, lora=Lora(dropout=0.1))
+    ppo_recipe(tiny_model, trainer="grpo", sampling=Sampling(), lora=Lora(dropout=0.1), **GROUP)
 
 
 def test_too_few_prompts_are_refused(tiny_model: Path, tmp_path: Path) -> None:

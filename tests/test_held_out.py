@@ -14,6 +14,7 @@ from alignment.artifact import read_artifact, sha256
 from alignment.checkpoints import list_checkpoints
 from alignment.generate import Generator
 from alignment.held_out import HeldOut
+from alignment.ppo_state import Checkpoints
 from alignment.recipe import Sampling
 from reward.conversation import Conversation
 from reward.scorer import FunctionScorer, ScorerError
@@ -24,6 +25,7 @@ from tests.tiny_ppo import PROMPTS
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from alignment.ppo_state import LoopState
     from reward.render import Renderer
 
 pytestmark = pytest.mark.usefixtures("on_cpu_in_repository")
@@ -116,6 +118,26 @@ def test_the_stage_leaves_the_best_policy_and_says_which(
     assert held_out_scores(tmp_path / "best") == [0.1, 0.9, 0.2, 0.3]
     metrics = read_artifact(tmp_path / "best").metrics
     assert (metrics["held_out_score"], metrics["best_iteration"]) == (0.9, 2)
+
+
+def test_a_best_that_is_damaged_is_named_and_the_last_policy_stays(
+    parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(parents, tmp_path / "whole", "--ppo.num_iterations", "3") == 0
+    best = tmp_path / "ppo" / "checkpoints" / "iteration-1"
+    script(monkeypatch, 0.9, 0.1, 0.2)
+    load_best = Checkpoints.load_best
+
+    def damaged(checkpoints: Checkpoints, loop: LoopState) -> int | None:
+        (best / "weights.safetensors").write_bytes(b"")
+        return load_best(checkpoints, loop)
+
+    monkeypatch.setattr(Checkpoints, "load_best", damaged)
+    assert run(parents, tmp_path / "ppo", "--ppo.num_iterations", "3", *HELD_OUT) == 0
+    assert f"warning: the best checkpoint {best} is damaged: weights.safetensors has 0 bytes" in capfd.readouterr().err
+    assert sha256(tmp_path / "ppo" / WEIGHTS) == sha256(tmp_path / "whole" / WEIGHTS)
+    metrics = read_artifact(tmp_path / "ppo").metrics
+    assert (metrics["held_out_score"], metrics.get("best_iteration")) == (0.2, None)
 
 
 def test_it_stops_when_patience_ends(parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from alignment.labelling import Label, check_unscored, label_all
+from alignment.labelling import Label, label_all
 from alignment.recipe import LabelRecipe
 from alignment.recipe_file import RecipeError, validate
 from alignment.sources import SourceError
@@ -79,12 +79,6 @@ def test_as_many_labels_as_answers(number: int) -> None:
     asked = [Prompt.of(f"{n}?").answer("Yes.") for n in range(number)]
     assert len(label_all(JudgeScorer(backend, GUIDELINES, mode="explain"), asked, threshold=0.5)) == number
     assert len(backend.prompts) == number
-
-
-def test_too_many_unscored_answers_stop_the_stage() -> None:
-    check_unscored([UNKNOWN, SAFE, SAFE, SAFE], name="judge", limit=0.25)
-    with pytest.raises(ScorerError, match=r"judge left 2 of 4 answers unscored \(no answer\), over max_unscored=0.25"):
-        check_unscored([UNKNOWN, UNKNOWN, SAFE, SAFE], name="judge", limit=0.25)
 
 
 # ----------------------------------------------------------------------------------------------------- tasks
@@ -238,7 +232,7 @@ def test_a_busy_server_is_asked_again_and_nobody_else(tmp_path: Path, monkeypatc
     replies: dict[str, str | Failure] = {f"{n}": late if n in (40, 41) else good for n in range(70)}
     busy = judge(replies)
     monkeypatch.setattr("alignment.labelling.build_scorer", lambda _: busy)
-    with pytest.raises(ScorerError, match=r"judge left 2 of 70 answers unscored \(time-out\)"):
+    with pytest.raises(ScorerError, match=r"judge left 2 of 70 answers unscored, over max_unscored=0.01: time-out"):
         run(work)
     rested = judge(dict.fromkeys(replies, good))
     monkeypatch.setattr("alignment.labelling.build_scorer", lambda _: rested)
@@ -246,6 +240,23 @@ def test_a_busy_server_is_asked_again_and_nobody_else(tmp_path: Path, monkeypatc
     assert artifact is not None
     assert artifact.metrics["counts"] == {"safe": 70}
     assert rested.counts == {"good": 32}, "the chunk with the two alone"
+
+
+@pytest.mark.parametrize("kept", [["transient"], []], ids=["older chunks", "chunks"])
+def test_under_a_higher_limit_nobody_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: list[str]
+) -> None:
+    """Chunks that were written before labels had `transient` count as well."""
+    rows = [{"prompt": f"{n}?", "completion": f"so {word}"} for n, word in enumerate(["0.9", "what", "why", "0.6"])]
+    with pytest.raises(ScorerError, match=r"python left 2 of 4 answers unscored, over max_unscored=0.25: .* \(2\)$"):
+        run(recipe(tmp_path, rows, task="filter", max_unscored=0.25))
+    (chunk,) = (tmp_path / "label" / "chunks").rglob("*.jsonl")
+    known = [{key: value for key, value in row.items() if key not in kept} for row in lines(chunk)]
+    write_json_lines(chunk, known)
+    monkeypatch.setattr("alignment.labelling.build_scorer", lambda _: pytest.fail("loaded again"))
+    artifact = run(recipe(tmp_path, rows, task="filter", max_unscored=0.5))
+    assert artifact is not None
+    assert artifact.metrics["counts"] == {"safe": 2, "unscored": 2}
 
 
 @pytest.mark.parametrize("number", COUNTS)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "VENV": str(tmp_path),
     }.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SBATCH_SIGNAL", raising=False)
     return folder
 
 
@@ -234,6 +236,23 @@ def test_a_job_is_queued_again_at_its_time_limit_and_not_when_it_fails(script: s
 
 @pytest.mark.usefixtures("slurm")
 @pytest.mark.parametrize("script", ["one_node", "many_nodes"])
+@pytest.mark.parametrize(
+    ("signal", "lead"), [({}, 300), ({"SBATCH_SIGNAL": "TERM@900"}, 900), ({"SBATCH_SIGNAL": "TERM"}, 60)]
+)
+def test_whatever_ends_a_job_after_its_signal_queues_it_again(script: str, signal: dict[str, str], lead: int) -> None:
+    """137: the step was killed because one of its nodes had saved and ended. Slurm sends signals up to 60 s early."""
+    settings = {"RECIPE": "a.yaml", "LAUNCH": "launch/multi_node.yaml", "STEP_EXIT_CODE": "137"} | signal
+    now = int(time.time())
+    after = run_job(script, **settings, SLURM_JOB_END_TIME=str(now + lead + 50))
+    assert after.returncode == 137
+    assert "requeue 4711" in after.stdout
+    before = run_job(script, **settings, SLURM_JOB_END_TIME=str(now + lead + 360))
+    assert (before.returncode, before.stderr) == (137, "")
+    assert "requeue" not in before.stdout
+
+
+@pytest.mark.usefixtures("slurm")
+@pytest.mark.parametrize("script", ["one_node", "many_nodes"])
 def test_what_a_job_asks_of_slurm(script: str) -> None:
     """The signal goes to the step (no `B:`) before the limit; eight GPUs a node; the step gets the job's processors."""
     text = Path(f"launch/slurm/{script}.sbatch").read_text(encoding="utf-8")
@@ -242,5 +261,6 @@ def test_what_a_job_asks_of_slurm(script: str) -> None:
         dict(asked).items()
         >= {"requeue": "", "signal": "TERM@300", "gpus-per-node": "8", "open-mode": "append"}.items()
     )
+    assert "${SBATCH_SIGNAL:-TERM@300}" in text, "queued again by the same lead"
     assert text.index("\nexport SRUN_CPUS_PER_TASK=") < text.index("\nsrun ")
     assert subprocess.run(["bash", "-n", f"launch/slurm/{script}.sbatch"], check=False).returncode == 0

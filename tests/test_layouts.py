@@ -1,4 +1,4 @@
-"""One update of PPO on a rollout that stands still: every layout has the same losses and the same gradient.
+"""Two updates of PPO on a rollout that stands still: every layout has the same losses and the same gradients.
 
 The rollout is made of random ids and numbers, so that ranks have texts of other lengths and parts of the clipped
 objectives are clipped.
@@ -6,6 +6,7 @@ objectives are clipped.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from alignment.rollout import Rollout
 from reward.conversation import Prompt
+from tests.conftest import ROOT
 from tests.interrupted import LAYOUTS, deepspeed_environment
 from tests.ranks import on_ranks
 from tests.tiny import make_reward_model
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 ROWS = 8
 LONGEST = 6
-ENVIRONMENTS = LAYOUTS | {"zero0": deepspeed_environment("0"), "zero1": deepspeed_environment("1")}
+ENVIRONMENTS = LAYOUTS | {"zero0": deepspeed_environment("0")}
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +71,15 @@ def frozen_rollout(policy: Path, rows: range) -> tuple[Rollout, dict[str, torch.
     return rollout, {"mask": mask, "advantages": numbers["advantages"], "returns": numbers["returns"]}
 
 
-def one_update(policy: Path, value_model: Path, per_device: int) -> dict[str, float]:
-    """On one rank: the metrics of one optimizer step, `per_device` rows a pass."""
+def two_updates(policy: Path, value_model: Path, per_device: int) -> dict[str, float]:
+    """On one rank: the metrics of two optimizer steps, `per_device` rows a pass. The second show what the first did."""
     from alignment.actor_critic import load_actor_critic
     from alignment.distributed import close, make_accelerator, process_index, world_size
     from alignment.ppo_state import configure_engine, make_optimizer
     from alignment.ppo_update import Learner, Targets, accumulation_steps, update
 
     batch = {"batch_size": ROWS, "mini_batch_size": ROWS, "per_device_batch_size": per_device}
-    recipe = ppo_recipe(policy, value_model=str(value_model), **batch)
+    recipe = ppo_recipe(policy, value_model=str(value_model), learning_rate=1e-4, **batch)
     accelerator = make_accelerator(gradient_accumulation_steps=accumulation_steps(recipe))
     actor_critic = load_actor_critic(recipe, pad_token_id=PAD)
     configure_engine(accelerator, recipe)
@@ -85,7 +87,9 @@ def one_update(policy: Path, value_model: Path, per_device: int) -> dict[str, fl
     share = ROWS // world_size()
     rollout, targets = frozen_rollout(policy, range(process_index() * share, (process_index() + 1) * share))
     learner = Learner(recipe, accelerator, engine, optimizer, pad_token_id=PAD, mix=None)
-    metrics = update(learner, rollout, Targets(**targets, kl_coef=0.0), iteration=0)
+    targeted = Targets(**targets, kl_coef=0.0)
+    metrics = update(learner, rollout, targeted, iteration=0)
+    metrics |= {f"then_{name}": value for name, value in update(learner, rollout, targeted, iteration=1).items()}
     close(accelerator, engine)
     return metrics
 
@@ -93,16 +97,17 @@ def one_update(policy: Path, value_model: Path, per_device: int) -> dict[str, fl
 @pytest.fixture(scope="module")
 def padded(tiny_model: Path, value_model: Path) -> dict[str, float]:
     """One process, all rows in one padded pass."""
-    (metrics,) = on_ranks(one_update, tiny_model, value_model, ROWS, environment=ENVIRONMENTS["ddp"], count=1)
+    (metrics,) = on_ranks(two_updates, tiny_model, value_model, ROWS, environment=ENVIRONMENTS["ddp"], count=1)
     assert metrics["grad_norm"] > 0.1
     assert 0 < metrics["clip_fraction"] < 1
+    assert metrics["then_value_loss"] < 0.95 * metrics["value_loss"]
     return metrics
 
 
 def assert_equal(found: Any, expected: dict[str, float]) -> None:
     assert found.keys() == expected.keys()
     for name, value in found.items():
-        tolerance = {"rel": 1e-4, "abs": 0} if name == "grad_norm" else {"rel": 0, "abs": 1e-5}
+        tolerance = {"rel": 1e-4, "abs": 0} if "grad_norm" in name else {"rel": 0, "abs": 1e-5}
         assert value == pytest.approx(expected[name], **tolerance), name
 
 
@@ -110,7 +115,7 @@ def assert_equal(found: Any, expected: dict[str, float]) -> None:
 def test_unpadded_and_bucketed_passes_add_up_to_the_padded_one(
     per_device: int, tiny_model: Path, value_model: Path, padded: dict[str, float]
 ) -> None:
-    (metrics,) = on_ranks(one_update, tiny_model, value_model, per_device, environment=ENVIRONMENTS["ddp"], count=1)
+    (metrics,) = on_ranks(two_updates, tiny_model, value_model, per_device, environment=ENVIRONMENTS["ddp"], count=1)
     assert_equal(metrics, padded)
 
 
@@ -119,6 +124,45 @@ def test_two_processes_have_the_gradient_of_one(
     layout: str, tiny_model: Path, value_model: Path, padded: dict[str, float]
 ) -> None:
     if layout == "zero0":  # DeepSpeed keeps no gradient norm at stage 0; this project's launch files have DDP for it
-        padded = padded | {"grad_norm": 0.0}
-    for metrics in on_ranks(one_update, tiny_model, value_model, 2, environment=ENVIRONMENTS[layout]):
+        padded = padded | {"grad_norm": 0.0, "then_grad_norm": 0.0}
+    for metrics in on_ranks(two_updates, tiny_model, value_model, 2, environment=ENVIRONMENTS[layout]):
+        assert_equal(metrics, padded)
+
+
+def offload_environment(stage: int, folder: Path) -> dict[str, str]:
+    """DeepSpeed's file of launch/zero3_offload.yaml, in float32 as the other layouts; of ZeRO-2 without its weights."""
+    config = json.loads((ROOT / "launch" / "zero3_offload.json").read_text(encoding="utf-8"))
+    del config["bf16"]
+    zero = config["zero_optimization"]
+    zero["stage"] = stage
+    if stage < 3:
+        del zero["offload_param"], zero["stage3_gather_16bit_weights_on_model_save"]
+    (folder / "offload.json").write_text(json.dumps(config), encoding="utf-8")
+    environment = LAYOUTS[f"zero{stage}"] | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(folder / "offload.json")}
+    del environment["ACCELERATE_MIXED_PRECISION"]
+    return environment
+
+
+def two_offloaded_updates(policy: Path, value_model: Path, per_device: int) -> dict[str, float]:
+    """On one rank: `two_updates` by an engine that leaves the step to the host."""
+    from alignment import distributed
+
+    close = distributed.close
+
+    def checked(accelerator: Any, engine: Any) -> None:
+        assert engine.zero_cpu_offload()
+        assert (engine.zero_offload_param() is not None) == (engine.zero_optimization_stage() == 3)
+        assert type(engine.basic_optimizer) is torch.optim.AdamW, "no optimizer of DeepSpeed's, which wants a compiler"
+        close(accelerator, engine)
+
+    distributed.close = checked
+    return two_updates(policy, value_model, per_device)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offloaded_states_learn_the_same(
+    stage: int, tiny_model: Path, value_model: Path, tmp_path: Path, padded: dict[str, float]
+) -> None:
+    environment = offload_environment(stage, tmp_path)
+    for metrics in on_ranks(two_offloaded_updates, tiny_model, value_model, 2, environment=environment):
         assert_equal(metrics, padded)

@@ -182,6 +182,38 @@ def test_ppo_of_7b_by_hand() -> None:
     assert found.peak is sampling
 
 
+@pytest.mark.parametrize(
+    ("words", "prompt", "answer"),
+    [
+        (["--eval_prompts.max_length", "4096"], 3072, 512),
+        (["--probes.adversarial.max_length", "2048"], 2048, 256),
+        (["--probes.borderline.max_length", "4096"], 3072, 256),
+        (["--probes.max_new_tokens", "2048"], 1024, 2048),
+    ],
+)
+def test_prompts_that_nothing_is_learned_from_are_sampled_too(words: list[str], prompt: int, answer: int) -> None:
+    """Held-out prompts and probes, cut to sampling.max_prompt_tokens; what is learned from stays as long as it was."""
+    plain, found = (footprint(setup_of("recipes/llama2-7b/ppo.yaml", *more)) for more in ([], words))
+    assert found.phases[0].parts["KV cache"] == 2 * 32 * 4096 * 2 * 8 * (prompt + answer)
+    assert found.peak.total > plain.peak.total
+    assert found.phases[-2:] == plain.phases[-2:]
+
+
+def test_scorers_read_the_answers_to_prompts_that_nothing_is_learned_from() -> None:
+    """Of the same length it is the same pass, whoever is asked. A violation scorer reads the probes' answers alone."""
+    scorer = "{type: reward_model, path: runs/llama2-7b/safety_reward_model, dtype: bfloat16}"
+    words = ["--probes.violation_scorer", scorer]
+
+    def scoring(*more: str) -> int:
+        phases = footprint(setup_of("recipes/llama2-7b/ppo.yaml", *words, *more)).phases
+        return next(phase.parts["activations"] for phase in phases if phase.name == "scoring")
+
+    learned = scoring("--prompts.max_length", "4096")
+    assert scoring() < scoring("--eval_prompts.max_length", "4096") == learned
+    assert scoring("--probes.adversarial.max_length", "4096", "--probes.max_new_tokens", "512") == learned
+    assert scoring("--probes.max_new_tokens", "512") == scoring()
+
+
 def test_the_plan_of_70b(capsys: pytest.CaptureFixture[str]) -> None:
     made = planned(capsys, B70, "--gpus", "32", "--gpu-memory", "80")
     assert (made["gpus"], made["nodes"], made["zero_stage"]) == (32, 4, 3)
@@ -317,14 +349,6 @@ def test_time_follows_the_machine() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- command line
-
-
-def test_with_a_server_only_one_weight_is_whole_while_answers_are_drawn(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--gpus", "32", "--gpu-memory", "80", "--vllm", "{base_url: 'http://127.0.0.1:8000'}"]
-    made = planned(capsys, B70, *words)
-    sampling = next(phase for phase in made["phases"] if phase["name"] == "sampling")
-    assert sampling["parts"] == {"gathered weights": 2 * 8192 * 32_000}, "the embeddings, in bfloat16"
-    assert made["fits"]
 
 
 def test_the_tables_are_readable(capsys: pytest.CaptureFixture[str]) -> None:

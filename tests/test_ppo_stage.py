@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from alignment.distributed import close, make_accelerator
+from alignment.objectives import Moments
 from alignment.ppo_state import LoopState
 from alignment.rollout import Rollout
-from alignment.stages.ppo import judge, rollout_metrics
+from alignment.stages.ppo import judge, rollout_metrics, whiten_scores
 from reward.conversation import Conversation, Prompt
-from reward.scorer import FunctionScorer, LagrangianScorer, Score, Scorer
+from reward.scorer import FunctionScorer, LagrangianScorer, Score, Scorer, ScorerError
+from tests.ranks import on_ranks
 from tests.tiny_ppo import ppo_recipe
 
 if TYPE_CHECKING:
@@ -23,12 +26,12 @@ if TYPE_CHECKING:
 ROWS = 20
 
 
-def run_of(scorer: Scorer | None = None, *, elsewhere: int = 0, processes: int = 1) -> Any:
-    """What `judge` and `rollout_metrics` use of a run; `elsewhere`: what the other processes add to a sum."""
+def run_of(scorer: Scorer | None = None, *, processes: int = 1) -> Any:
+    """What `judge` and `rollout_metrics` use of a run."""
 
     def reduce(values: Tensor, reduction: str = "sum") -> Tensor:
         assert reduction == "sum"
-        return values + elsewhere
+        return values
 
     recipe = ppo_recipe(Path("unused"), batch_size=ROWS * processes)
     return SimpleNamespace(scorer=scorer, recipe=recipe, accelerator=SimpleNamespace(device="cpu", reduce=reduce))
@@ -51,12 +54,11 @@ LAGRANGIAN = LagrangianScorer(FunctionScorer(known, name="reward"), FunctionScor
     [(PLAIN, "plain returned None"), (LAGRANGIAN, "reward: reward returned None")],
     ids=["plain", "lagrangian"],
 )
-@pytest.mark.parametrize(("missing", "share"), [(ROWS, "100%"), (2, "10%")])
-def test_too_many_unscored_answers_stop_with_their_reason(
-    scorer: Scorer, reason: str, missing: int, share: str
-) -> None:
+@pytest.mark.parametrize("missing", [ROWS, 2])
+def test_too_many_unscored_answers_stop_with_their_reason(scorer: Scorer, reason: str, missing: int) -> None:
     rollout = rollout_of(*["?"] * missing, *["an answer"] * (ROWS - missing))
-    with pytest.raises(RuntimeError, match=rf"left {share} of the answers unscored \(limit 5%\): \['{reason}'\]"):
+    told = rf"left {missing} of 20 answers unscored, over max_unscored=0.05: {reason} \({missing}\)"
+    with pytest.raises(ScorerError, match=told):
         judge(run_of(scorer), rollout, LoopState())
 
 
@@ -67,12 +69,26 @@ def test_one_in_twenty_may_be_unscored(scorer: Scorer) -> None:
     assert costs.get("cost_mean", -2.0) == -2.0, "over the answers that were scored"
 
 
-def test_all_processes_stop_when_the_answers_of_one_are_unscored() -> None:
-    """20 of 40 answers are here, all of them scored; of those elsewhere 2 may lack a score, not 4."""
-    rollout = rollout_of(*["an answer"] * ROWS)
-    judge(run_of(PLAIN, elsewhere=2, processes=2), rollout, LoopState())
-    with pytest.raises(RuntimeError, match=r"left 10% of the answers unscored \(limit 5%\): \[\]"):
-        judge(run_of(PLAIN, elsewhere=4, processes=2), rollout, LoopState())
+def judged_where_the_second_rank_misses(missing: int) -> str:
+    """What a rank says of its share of 40 answers, of which the second one has `missing` without a score."""
+    accelerator = make_accelerator()
+    here = missing * accelerator.process_index
+    rollout = rollout_of(*["?"] * here, *["an answer"] * (ROWS - here))
+    try:
+        judge(run_of(PLAIN, processes=2), rollout, LoopState())
+    except ScorerError as error:
+        return str(error)
+    finally:
+        close(accelerator)
+    return "fine"
+
+
+@pytest.mark.parametrize("missing", [2, 4])
+def test_all_processes_stop_alike_when_the_answers_of_one_are_unscored(missing: int) -> None:
+    """Of 40 answers 2 may lack a score, not 4; the rank that scored all of its own tells the others' reasons."""
+    told = on_ranks(judged_where_the_second_rank_misses, missing, environment={})
+    stopped = "plain left 4 of 40 answers unscored, over max_unscored=0.05: plain returned None (4)"
+    assert told == [stopped if missing == 4 else "fine"] * 2
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -109,3 +125,25 @@ def test_what_is_said_of_a_rollout(seed: int) -> None:
         "explained_variance": 1 - np.var((returns - values)[mask]) / np.var(returns[mask]),
     }
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("over", ["none", "batch", "running"])
+def test_an_answer_that_was_cut_off_costs_the_penalty_after_whitening(over: str) -> None:
+    """In numpy, over the answers that have a score; one without stays 0, finished or not."""
+    values, finished = [2.0, -1.0, None, 0.5, None], np.array([True, False, False, False, True])
+    scores = [Score(value, None if value is not None else "no") for value in values]
+    valid = np.array([value is not None for value in values])
+    known_values = np.array([value for value in values if value is not None])
+    earlier = np.array([4.0, 8.0])
+    seen = {"none": None, "batch": known_values, "running": np.concatenate([earlier, known_values])}[over]
+    expected = np.zeros(5)
+    expected[valid] = known_values if seen is None else (known_values - seen.mean()) / np.sqrt(seen.var() + 1e-8)
+    expected -= 0.7 * (valid & ~finished)
+
+    run = run_of()
+    run.recipe = ppo_recipe(Path("unused"), whiten_scores=over, missing_eos_penalty=0.7)
+    loop = LoopState(score_moments=Moments(earlier.mean(), earlier.var(), 2))
+    rollout = SimpleNamespace(finished=torch.tensor(finished))
+    found, scored, _ = whiten_scores(run, scores, rollout, loop)
+    assert found.numpy() == pytest.approx(expected, rel=1e-5)
+    assert scored.tolist() == valid.tolist()

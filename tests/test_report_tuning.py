@@ -29,9 +29,9 @@ def test_probe_rates_and_gold_scores_are_drawn_where_they_were_measured(
     original = plots.probe_rates, plots.curves
     monkeypatch.setattr(plots, "probe_rates", lambda rates: drawn.update(probes=rates) or original[0](rates))
 
-    def curves(steps: list[int], panels: dict[str, list[float]]) -> str:
+    def curves(steps: list[int], panels: dict[str, list[float]], **options: Any) -> str:
         drawn["gold" if "training score" in panels else "ppo"] = (steps, panels)
-        return original[1](steps, panels)
+        return original[1](steps, panels, **options)
 
     monkeypatch.setattr(report.plots, "curves", curves)
     page = read_page(make_run(tmp_path, checkpoints=("base", "ppo"), num_adversarial=6, num_benign=4))
@@ -57,8 +57,43 @@ def test_alarms_stand_in_the_page_and_in_the_json(tmp_path: Path) -> None:
     assert "No alarm was raised." not in text
 
 
+def test_another_trainer_goes_by_its_name_and_is_not_said_to_have_been_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+
+    def curves(steps: list[int], panels: dict[str, list[float]], *, unit: str) -> str:
+        drawn.update(steps=steps, panels=panels, unit=unit)
+        return "<svg/>"
+
+    run_dir = make_run(tmp_path, checkpoints=("base", "ppo"), num_adversarial=6, num_benign=4)
+    manifest = json.loads((run_dir / "ppo" / "manifest.json").read_text(encoding="utf-8"))
+    manifest["metrics"]["trainer"] = "grpo"
+    (run_dir / "ppo" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    rows: list[dict[str, Any]] = [
+        {"step": 1, "ppo/reward": 0.5, "ppo/kl": 0.0, "ppo/completions/mean_length": 12.0},
+        {"step": 4, "ppo/reward": 0.7, "ppo/kl": 0.01, "ppo/completions/mean_length": 11.0},
+        {"step": 4, "ppo/train_loss": 0.1},
+    ]
+    (run_dir / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.setattr(report.plots, "curves", curves)
+    text = " ".join(read_page(run_dir).text.split())
+    assert "GRPO: ppo" in text
+    assert "PPO: ppo" not in text.replace("GRPO: ppo", "")
+    assert "No alarm was raised." not in text
+    assert drawn == {
+        "steps": [1, 4],
+        "unit": "optimizer step",
+        "panels": {
+            "score, mean": [0.5, 0.7],
+            "KL to the start, nats per token": [0.0, 0.01],
+            "tokens per answer": [12.0, 11.0],
+        },
+    }
+
+
 def test_a_run_without_probes_has_no_such_figure() -> None:
-    values = {"steps": [0, 1], "curves": {"kl": [0.0, 1.0]}, "alarms": []}
+    values = {"trainer": "ppo", "steps": [0, 1], "curves": {"kl": [0.0, 1.0]}, "alarms": []}
     assert measured(values, "gold_mean") == {"steps": [], "curves": {}}
     assert measured({"steps": [0, 1], "curves": {"a": [None, 2.0], "b": [3.0, 4.0]}}, "a") == {
         "steps": [1],

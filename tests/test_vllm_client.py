@@ -1,14 +1,10 @@
-"""`alignment.vllm_rollout` through TRL's own client, over HTTP, to a server that speaks as vLLM does, and to bad ones.
-
-The NCCL broadcast alone is replaced: `Wire` hands the tensors over in process, when the HTTP request asks for them.
-"""
+"""`alignment.vllm_rollout` through TRL's client over HTTP, to a server that speaks as vLLM does, and to bad ones."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import math
-import queue
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,106 +12,25 @@ import pytest
 import torch
 from trl.generation import vllm_client
 
-from alignment import __main__ as entry
-from alignment import inputs
-from alignment.distributed import world_size
 from alignment.generate import Generator
-from alignment.policy import load_model
-from alignment.recipe import ModelInit, PpoRecipe, Vllm
+from alignment.recipe import Vllm
 from alignment.rollout import sample_answers
 from alignment.vllm_rollout import RolloutServerError, VllmSampler
 from reward.conversation import Prompt
-from tests import tiny_ppo
-from tests.conftest import ROOT
+from tests import tiny_ppo, vllm_server
 from tests.http_peer import RESET, Peer, Request, http
-from tests.interrupted import make_parents, ppo_words
 from tests.tiny import make_tiny_model
-from tests.tiny_ppo import PAD, PROMPTS, ppo_recipe
+from tests.tiny_ppo import PROMPTS, ppo_recipe
 from tests.vllm_engine import InProcessEngine
+from tests.vllm_server import END, Server, Wire, sampler_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from reward.render import Renderer
 
 renderer = tiny_ppo.renderer  # fixture
-END = 2
-"""`<|im_end|>` of the tiny tokenizer."""
-
-
-class Wire:
-    """In the place of NCCL: what the trainer sends, the server receives while it handles /update_weights."""
-
-    def __init__(self) -> None:
-        self.tensors: queue.Queue[tuple[str, torch.Tensor]] = queue.Queue()
-
-    def trainer_send_weights(self, *, iterator: Iterator[tuple[str, torch.Tensor]], trainer_args: Any) -> None:
-        for item in iterator:
-            self.tensors.put(item)
-
-
-class Server:
-    """What `vllm serve` answers to TRL's client; `spoil` changes the one choice of a completion before it is sent."""
-
-    def __init__(self, engine: InProcessEngine | None, wire: Wire) -> None:
-        self.engine, self.wire = engine, wire
-        self.spoil: Callable[[dict[str, Any]], Any] = lambda choice: None
-        self.paths: list[str] = []
-
-    def __call__(self, request: Request) -> Iterable[bytes | float]:
-        path = request.line.split()[1]
-        self.paths.append(path)
-        if path == "/v1/models":
-            return [http(json.dumps({"data": [{"id": "tiny"}]}).encode())]
-        if path == "/v1/completions":
-            return self.complete(request.json)
-        if path == "/update_weights":
-            assert self.engine is not None
-            info = request.json["update_info"]
-            metadata = list(zip(info["names"], info["dtype_names"], info["shapes"], strict=True))
-            received = (self.wire.tensors.get(timeout=30) for _ in metadata)
-            self.engine.update_named_params(metadata, received)
-        return [http(b"{}")]
-
-    def complete(self, asked: dict[str, Any]) -> Iterable[bytes | float]:
-        prompt = asked["prompt"][0]
-        assert (asked["n"], asked["top_p"], asked["min_p"], asked["repetition_penalty"]) == (1, 1, 0, 1)
-        assert (asked["top_k"], asked["logprobs"], asked["ignore_eos"]) == (0, 0, True)
-        assert asked["stop_token_ids"] == [END]
-        if self.engine is None:
-            ids, values = [7, 8, END], [-0.5, -1.25, 0.0]
-        else:
-            settings = {"temperature": asked["temperature"], "max_tokens": asked["max_tokens"]}
-            own = {name: asked[name] for name in ("seed", "stop_token_ids", "ignore_eos")}
-            reply = self.engine.generate([prompt], **settings, generation_kwargs=own)
-            ids = reply["completion_ids"][0]
-            values = [min(value, 0.0) for (value,) in reply["logprobs"][0]]
-        tokens = [f"token_id:{token}" for token in ids]
-        logprobs = {"tokens": tokens, "token_logprobs": values, "top_logprobs": [None] * len(ids)}
-        choice = {"prompt_token_ids": prompt, "token_ids": ids, "logprobs": logprobs}
-        sent = self.spoil(choice)
-        return [http(json.dumps({"choices": [choice]}).encode())] if sent is None else sent
-
-
-@pytest.fixture
-def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
-    """TRL's client as it is with an older vLLM in place, whose NCCL group is a `Wire`."""
-    wire = Wire()
-    monkeypatch.setattr(vllm_client, "is_vllm_available", lambda min_version=None: True)
-    monkeypatch.setattr(vllm_client, "_HAS_STATEFUL_TRAINER_ENGINE", False)
-    monkeypatch.setattr(vllm_client, "NCCLWeightTransferEngine", wire, raising=False)
-    monkeypatch.setattr(vllm_client, "NCCLTrainerSendWeightsArgs", lambda **named: named, raising=False)
-    monkeypatch.setattr(vllm_client.VLLMClient, "init_communicator", lambda self, device: None)
-    return wire
-
-
-def sampler_for(peer: Peer, model: Path, renderer: Renderer, *, seconds: float = 20.0) -> tuple[VllmSampler, Any]:
-    settings = Vllm(base_url=f"{peer.url}/", timeout_seconds=seconds, concurrency=3)
-    recipe = ppo_recipe(model, vllm=settings)
-    policy = load_model(str(model), init=ModelInit(), pad_token_id=PAD).eval()
-    sampler = VllmSampler.connect(recipe, policy, renderer, "cpu")
-    assert sampler is not None
-    return sampler, policy
+wire = vllm_server.wire  # fixture
 
 
 # -------------------------------------------------------------------------------------------- a good server
@@ -142,6 +57,43 @@ def test_trls_client_brings_weights_and_the_answers_that_are_drawn_in_process(
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+def test_weights_are_sent_again_only_after_they_changed(
+    tiny_model: Path, tmp_path: Path, renderer: Renderer, wire: Wire
+) -> None:
+    engine = InProcessEngine(make_tiny_model(tmp_path, seed=3))
+    with Peer(Server(engine, wire)) as peer:
+        sampler, policy = sampler_for(peer, tiny_model, renderer)
+        for expected in (1, 1, 2, 2):
+            if expected > engine.pushes > 0:
+                with torch.no_grad():
+                    policy.lm_head.weight.mul_(-1)
+                sampler.weights_changed()
+            _, found, _ = sampler.sample_answers(PROMPTS[:2], [0, 1], seed=5)
+            assert engine.pushes == expected
+            here = sample_answers(Generator(policy, renderer, sampler.sampling), PROMPTS[:2], [0, 1], seed=5)
+            assert found == here[1]
+
+
+def test_a_push_that_failed_is_not_taken_for_done(tiny_model: Path, renderer: Renderer, wire: Wire) -> None:
+    engine = InProcessEngine(tiny_model)
+    server = Server(engine, wire)
+    failing = [True]
+
+    def answer(request: Request) -> Iterable[bytes | float]:
+        if request.line.split()[1] == "/start_weight_update" and failing.pop():
+            return [http(b"", status="500 Internal Server Error")]
+        return server(request)
+
+    with Peer(answer) as peer:
+        sampler, _ = sampler_for(peer, tiny_model, renderer)
+        with pytest.raises(RolloutServerError, match="taking the weights: Exception: Request failed: 500"):
+            sampler.sample_answers(PROMPTS[:2], [0, 1], seed=5)
+        assert engine.pushes == 0
+        failing.append(False)
+        sampler.sample_answers(PROMPTS[:2], [0, 1], seed=5)
+    assert engine.pushes == 1
+
+
 def test_what_is_relied_upon_of_the_installed_client() -> None:
     """Names and defaults of TRL's client: another TRL must break here and not in a run."""
     client = vllm_client.VLLMClient
@@ -150,6 +102,7 @@ def test_what_is_relied_upon_of_the_installed_client() -> None:
         return list(inspect.signature(function).parameters)
 
     assert {"base_url", "group_port", "connection_timeout"} <= set(parameters(client))
+    assert parameters(client.check_server) == ["self", "total_timeout", "retry_interval"]
     sent = {"n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "logprobs"}
     assert sent | {"generation_kwargs"} <= set(parameters(client.generate))
     assert parameters(client.generate)[:2] == ["self", "prompts"]
@@ -240,62 +193,6 @@ def test_what_no_answer_can_be_is_refused_in_one_line_with_the_address(
     assert expected in said
     assert "\n" not in said
     assert server.paths.count("/v1/completions") <= 4, "nothing is asked twice"
-
-
-def test_without_a_cuda_device_or_the_package_the_line_says_so(
-    tiny_model: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if vllm_client.is_vllm_available():
-        pytest.skip("vllm is installed here")
-    with (
-        Peer(Server(None, Wire())) as peer,
-        pytest.raises(RolloutServerError, match=r"connecting: .*install trl\[vllm\]"),
-    ):
-        sampler_for(peer, tiny_model, renderer)
-
-
-# -------------------------------------------------------------------------------------- before anything loads
-
-
-def vllm_words(parents: Path, output: Path, url: str) -> list[str]:
-    return ppo_words(parents, output, "--vllm", f"{{base_url: '{url}', timeout_seconds: 1.0}}")
-
-
-def test_a_server_that_is_not_up_is_named_before_anything_loads(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from alignment import stages
-
-    monkeypatch.chdir(ROOT)
-    assert world_size() == 1
-    parents = make_parents(tmp_path / "parents", tiny_model)
-    began: list[PpoRecipe] = []
-    monkeypatch.setattr(stages, "run_stage", began.append)
-    respond: list[bytes | float] = []
-    with Peer(lambda request: respond) as peer:
-        words = vllm_words(parents, tmp_path / "ppo", peer.url)
-        monkeypatch.setattr(inputs, "_find_module", lambda name: None)
-        assert entry.main(words) == 2
-        assert "vllm: its package sends the weights here, too" in capsys.readouterr().err
-        monkeypatch.setattr(inputs, "_find_module", lambda name: object())
-        for answer in ([http(b"", status="503 Service Unavailable")], [RESET], [b"gibberish"], [3.0]):
-            respond[:] = answer
-            assert entry.main(words) == 2
-            said = capsys.readouterr().err
-            assert said.startswith(f"error: vllm.base_url: {peer.url}/health does not answer (")
-            assert said.count("\n") == 1
-        asked = len(peer.requests)
-        assert entry.main([*words, "--dry-run"]) == 0, "a dry run needs no server"
-        assert (len(peer.requests), began) == (asked, [])
-        respond[:] = [http(b"")]
-        assert entry.main(words) == 0
-        assert [recipe.output_dir for recipe in began] == [str(tmp_path / "ppo")]
-        monkeypatch.setenv("RANK", "1")
-        assert entry.main(words) == 0
-        assert len(peer.requests) == asked + 1, "the main process alone asks"
-        monkeypatch.delenv("RANK")
-    assert entry.main(words) == 2, "nobody listens any more"
-    assert not (tmp_path / "ppo").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- recipe

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from alignment import __main__ as entry
 from alignment import vllm_rollout
@@ -17,9 +18,13 @@ from alignment.actor_critic import load_actor_critic
 from alignment.artifact import sha256
 from alignment.generate import Generator
 from alignment.health import EXIT_UNHEALTHY
-from alignment.recipe import Lora
+from alignment.policy import add_lora, load_tokenizer
+from alignment.recipe import Lora, Vllm
+from alignment.recipe_file import RecipeError
 from alignment.served_weights import served_weights, stream
 from alignment.stages import ppo
+from alignment.vllm_rollout import VllmSampler
+from reward.render import Renderer
 from tests import interrupted
 from tests.interrupted import LAYOUTS, history, ppo_words
 from tests.one_process import forget_accelerate
@@ -118,6 +123,8 @@ def test_the_server_answers_probes_and_held_out_prompts_too(
         assert served.keys() == alone.keys()
         for name, value in alone.items():
             assert served[name] == pytest.approx(value, rel=1e-5) or "logprob_difference" in name, name
+    # The start serves probes and the first rollout; each of 3 updates is sent once, to whom asks first.
+    assert engine.pushes == engine.resets == 1 + 2 + ("ppo/held_out_score" in rows[2])
     greedy = [request for request in engine.requests if request["temperature"] == 0]
     assert {request["max_tokens"] for request in greedy} == {4, 5}, "of held-out prompts and of probes"
 
@@ -205,7 +212,7 @@ interrupted_run = interrupted._run
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_adapter_is_merged_as_peft_merges_it_and_the_base_is_never_touched(tiny_model: Path, dtype: str) -> None:
-    recipe = ppo_recipe(tiny_model, lora=Lora(r=4, alpha=8, dropout=0.5), value_trunk="adapter")
+    recipe = ppo_recipe(tiny_model, lora=Lora(r=4, alpha=8), value_trunk="adapter")
     policy = load_actor_critic(recipe, pad_token_id=PAD).policy.to(getattr(torch, dtype))
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
@@ -223,3 +230,43 @@ def test_an_adapter_is_merged_as_peft_merges_it_and_the_base_is_never_touched(ti
     changed = found["model.layers.0.self_attn.q_proj.weight"]
     assert not torch.equal(changed, base["model.layers.0.self_attn.q_proj.base_layer.weight"])
     assert not changed.requires_grad
+
+
+def adapted(target: str, *, tied: bool) -> Any:
+    """A tiny policy with an adapter that is not the identity."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    policy = add_lora(LlamaForCausalLM(config), Lora(r=4, target_modules=["q_proj", target]), head="causal_lm")
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return policy
+
+
+@pytest.mark.parametrize(("target", "tied"), [("embed_tokens", False), ("embed_tokens", True), ("lm_head", True)])
+def test_an_adapter_that_cannot_be_served_is_refused_before_the_server_is_asked(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, target: str, tied: bool
+) -> None:
+    monkeypatch.setattr(vllm_rollout, "open_client", None)
+    recipe, renderer = (
+        ppo_recipe(tiny_model, vllm=Vllm(base_url="http://host")),
+        Renderer(load_tokenizer(str(tiny_model))),
+    )
+    with pytest.raises(RecipeError, match=rf"^lora\.target_modules: .* the adapter of (model\.)?{target}, ") as caught:
+        VllmSampler.connect(recipe, adapted(target, tied=tied), renderer, "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_on_a_head_of_its_own_is_served() -> None:
+    policy = adapted("lm_head", tied=False)
+    found, expected = dict(stream(served_weights(policy))), merged(policy)
+    assert found.keys() == expected.keys()
+    assert torch.equal(found["lm_head.weight"], expected["lm_head.weight"])
+    assert not torch.equal(found["lm_head.weight"], policy.get_base_model().lm_head.base_layer.weight)

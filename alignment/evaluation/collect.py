@@ -297,10 +297,11 @@ def reward_models(steps: Steps, result: JsonObject) -> list[JsonObject]:
 
 
 def curves(step: Artifact) -> JsonObject:
-    """`metrics.jsonl` by column, None where an iteration did not write a metric, and the alarms."""
+    """`metrics.jsonl` by column, None where an iteration did not write a metric, the alarms, and which trainer ran."""
     rows = _rows(step.path / METRICS)
     names = dict.fromkeys(name for row in rows for name in row if name.startswith("ppo/"))
     return {
+        "trainer": step.metrics.get("trainer", "ppo"),
         "steps": [row["step"] for row in rows],
         "curves": {name.removeprefix("ppo/"): [row.get(name) for row in rows] for name in names},
         "alarms": _rows(step.path / ALARMS),

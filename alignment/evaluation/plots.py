@@ -161,8 +161,8 @@ def accuracies(rates: Mapping[str, JsonObject], *, baseline: float | None) -> st
     return _svg(draw, width=5.2, height=1.2 + 0.3 * len(rates))
 
 
-def curves(steps: Sequence[int], panels: Mapping[str, Sequence[float | None]]) -> str:
-    """Small multiples over the iterations of PPO; an iteration without value is a gap."""
+def curves(steps: Sequence[int], panels: Mapping[str, Sequence[float | None]], *, unit: str = "iteration") -> str:
+    """Small multiples over the steps of a training; one without value is a gap. `unit`: what a step is."""
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
 
@@ -176,7 +176,7 @@ def curves(steps: Sequence[int], panels: Mapping[str, Sequence[float | None]]) -
             axes.margins(y=0.15)
         for axes in list(figure.axes)[len(panels) :]:
             axes.set_visible(False)
-        figure.supxlabel("iteration", fontsize=9, color=MUTED)
+        figure.supxlabel(unit, fontsize=9, color=MUTED)
 
     return _svg(draw, width=10, height=2.15 * lines + 0.3)
 

@@ -38,6 +38,15 @@ PPO_PANELS = {
     "ratio_max": "largest ratio of a token",
     "logprob_difference_mean": "sampler against trainer, nats",
 }
+GROUP_PANELS = {
+    "reward": "score, mean",
+    "kl": "KL to the start, nats per token",
+    "completions/mean_length": "tokens per answer",
+    "entropy": "entropy, nats per token",
+    "completions/clipped_ratio": "share of answers cut off",
+    "clip_ratio/region_mean": "share of clipped tokens",
+}
+"""What TRL's trainers of groups of answers log; their KL is a mean over tokens, where PPO's is a sum over an answer."""
 PROBE_PANELS = {"violation": "violation rate, % of probes", "false_refusal": "false-refusal rate, % of probes"}
 GOLD_PANELS = {
     "gold_training_mean": "training score",
@@ -95,7 +104,7 @@ def _figures(report: JsonObject) -> dict[str, Any]:
         },
         "scores": None if scores is None else plots.score_scatter(scores, before=before, after=after),
         "reward_models": [plots.pair_accuracies(model["report"]) for model in report["reward_models"]],
-        "ppo": {step: _curves(values, PPO_PANELS) for step, values in report["ppo"].items()},
+        "ppo": {step: _training(values) for step, values in report["ppo"].items()},
         "probes": {step: _probes(values) for step, values in report["ppo"].items()},
         "gold": {step: _curves(measured(values, "gold_mean"), GOLD_PANELS) for step, values in report["ppo"].items()},
         "context_distillation": {
@@ -147,6 +156,13 @@ def measured(values: JsonObject, name: str) -> JsonObject:
     }
 
 
+def _training(values: JsonObject) -> str | None:
+    """The curves of PPO, or of the trainer in its place, which logs by optimizer steps."""
+    if values["trainer"] == "ppo":
+        return _curves(values, PPO_PANELS)
+    return _curves(measured(values, "reward"), GROUP_PANELS, unit="optimizer step")
+
+
 def _probes(values: JsonObject) -> str | None:
     rates: dict[str, list[tuple[int, float, float, float]]] = {}
     for name, title in PROBE_PANELS.items():
@@ -157,9 +173,9 @@ def _probes(values: JsonObject) -> str | None:
     return plots.probe_rates(rates) if rates else None
 
 
-def _curves(values: JsonObject, titles: Mapping[str, str]) -> str | None:
+def _curves(values: JsonObject, titles: Mapping[str, str], *, unit: str = "iteration") -> str | None:
     panels = {title: values["curves"][name] for name, title in titles.items() if name in values["curves"]}
-    return plots.curves(values["steps"], panels) if panels else None
+    return plots.curves(values["steps"], panels, unit=unit) if panels else None
 
 
 # -------------------------------------------------------------------------------------------- the terminal

@@ -25,12 +25,12 @@ from alignment.plan.memory import (
     kv_cache,
     learning,
     live_weights,
+    packs_of_weights,
     reading,
-    served_weight,
     states_of,
     step_bytes,
 )
-from alignment.plan.ppo_models import PpoModels, longest_prompt
+from alignment.plan.ppo_models import Asked, PpoModels, longest_prompt
 from alignment.recipe import (
     ContextDistillationRecipe,
     EvaluateRecipe,
@@ -157,30 +157,28 @@ def _trained(setup: Setup, model: Loaded, texts: Texts, head: Head, *, checkpoin
 def _ppo(models: PpoModels) -> Footprint:
     recipe, layout, engine = models.recipe, models.layout, models.engine
     reference = [] if models.reference is None else [models.reference]
-    scorers = [*models.scorers, *models.watchers]
+    scorers = models.all_scorers
     roles = [*_roles(engine, layout), *_read_only([*reference, *(scorer.model for scorer in scorers)], layout)]
     own = buckets(engine, layout)
     held = _held(roles, layout) + own
     if recipe.vllm is None:
-        rollout = models.texts(recipe.sampling.batch_size)
-        sampling = {
-            "gathered weights": gathered_weights(engine, layout),
-            "KV cache": kv_cache(models.policy, rollout),
-            "activations": drawing(models.policy, Texts(rollout.rows, models.prompt_tokens)),
-        }
+        drawn = (_drawn_parts(models.policy, asked, recipe.sampling) for asked in models.asked)
+        largest = max(drawn, key=lambda parts: sum(parts.values()))
+        sampling = {"gathered weights": gathered_weights(engine, layout), **largest}
     else:
-        sampling = {"gathered weights": served_weight(models.policy)}
+        sampling = {"packs of weights": packs_of_weights(models.policy, layout)}
     activations, logits = reading(models.passes(learning=False))
     gathered = live_weights(engine, layout) + _live_if_sharded(reference, layout)
     evaluation = {"gathered weights": gathered, "activations": activations, "logits": logits}
     phases = [Phase("sampling", held, sampling), Phase("log-probabilities", held, evaluation)]
     if scorers:
         live = max(_live_if_sharded([scorer.model], layout) for scorer in scorers)
-        activations = _scoring(scorers, models.texts(models.rows))
+        activations = max(_scoring(own, asked.texts(asked.rows)) for own, asked in models.scored)
         phases.append(Phase("scoring", held, {"gathered weights": live, "activations": activations}))
     checkpointing = recipe.ppo.gradient_checkpointing
     phases += _learning_phases(models.passes(learning=True), engine, layout, held=held, checkpointing=checkpointing)
-    return Footprint(roles, phases, own, _host(roles, layout))
+    notes = [] if recipe.vllm is None else ["a server samples: its memory and the time that it takes are not counted"]
+    return Footprint(roles, phases, own, _host(roles, layout), notes)
 
 
 # ----------------------------------------------------------------------- stages that sample and score, and nothing else
@@ -287,12 +285,14 @@ def _learning_phases(
 
 
 def _drawn(policy: Loaded, prompt: int, sampling: Sampling, *, held: int) -> Phase:
-    texts = Texts(sampling.batch_size, prompt + sampling.max_new_tokens)
-    parts = {
-        "KV cache": kv_cache(policy, texts),
-        "activations": drawing(policy, Texts(sampling.batch_size, prompt)),
-    }
-    return Phase("sampling", held, parts)
+    asked = Asked(sampling.batch_size, prompt, sampling.max_new_tokens)
+    return Phase("sampling", held, _drawn_parts(policy, asked, sampling))
+
+
+def _drawn_parts(policy: Loaded, asked: Asked, sampling: Sampling) -> dict[str, int]:
+    """A batch of answers."""
+    texts = asked.texts(sampling.batch_size)
+    return {"KV cache": kv_cache(policy, texts), "activations": drawing(policy, Texts(texts.rows, asked.prompt))}
 
 
 def _scoring(scorers: Sequence[LoadedScorer], answered: Texts) -> int:

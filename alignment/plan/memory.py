@@ -29,6 +29,9 @@ BUCKET = 500_000_000
 LIVE = 1_000_000_000
 """Elements of gathered weights that ZeRO-3 keeps at a time, and of an optimizer step of its (its defaults)."""
 
+PACK = 2**30
+"""Bytes above which vLLM sends a pack of weights on its way (its default); the next is made meanwhile."""
+
 MASTER_AND_MOMENTS = 4 + 4 + 4
 """Bytes a parameter of DeepSpeed's optimizer: weights and two moments in float32."""
 
@@ -189,9 +192,17 @@ def gathered_weights(models: Sequence[Loaded], layout: Layout) -> int:
     return sum(model.weight_bytes for model in models if model.quantization is None)
 
 
-def served_weight(model: Loaded) -> int:
-    """The largest of its weights: what is whole at a time while they are sent to a server."""
-    return model.shape.hidden * max(model.shape.vocab, model.shape.intermediate) * model.numerics.weight
+def packs_of_weights(model: Loaded, layout: Layout) -> int:
+    """What sending the weights to a server takes on the main process: a pack on its way, and one that is made.
+
+    The weights that a pack is made of count, too, where they are gathered (ZeRO-3) or merged with an adapter for it. A
+    pack ends with the weight that brings it above `PACK`.
+    """
+    s, size = model.shape, model.numerics.weight
+    whole = s.parameters * size
+    pack = min(whole, PACK + s.hidden * max(s.vocab, s.intermediate) * size)
+    made_for_it = layout.zero_stage == 3 or model.tuning == "lora"
+    return min(whole, 2 * pack) + (pack if made_for_it else 0)
 
 
 def step_bytes(models: Sequence[Loaded], layout: Layout) -> int:

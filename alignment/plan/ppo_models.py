@@ -13,9 +13,22 @@ from alignment.plan.memory import Loaded, Pass, Texts, mix_head, ppo_head
 from alignment.recipe import PpoRecipe, Sampling
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Prompts that the policy answers: how many of them a process has, tokens of the longest prompt and answer."""
+
+    rows: int
+    prompt: int
+    answer: int
+
+    def texts(self, rows: int) -> Texts:
+        """Prompts with answers, at most `rows`."""
+        return Texts(min(rows, self.rows), self.prompt + self.answer)
+
+
 @dataclass(frozen=True)
 class PpoModels:
-    """`value`: a model of its own, or an adapter of its own on the policy. `watchers`: scorers that PPO never sees."""
+    """`value`: a model of its own, or an adapter of its own on the policy. PPO never sees `gold` and `violation`."""
 
     recipe: PpoRecipe
     layout: Layout
@@ -23,7 +36,8 @@ class PpoModels:
     value: Loaded | None
     reference: Loaded | None
     scorers: Sequence[LoadedScorer]
-    watchers: Sequence[LoadedScorer]
+    gold: Sequence[LoadedScorer]
+    violation: Sequence[LoadedScorer]
 
     @classmethod
     def of(cls, setup: Setup) -> PpoModels:
@@ -49,11 +63,13 @@ class PpoModels:
                 sharded=recipe.ppo.reference == "sharded",
             )
         _check_batches(recipe, setup.layout)
-        watchers = [] if recipe.gold_scorer is None else list(scorers_of(setup, recipe.gold_scorer, "gold_scorer"))
+        gold = violation = ()
+        if recipe.gold_scorer is not None:
+            gold = tuple(scorers_of(setup, recipe.gold_scorer, "gold_scorer"))
         if recipe.probes is not None:
-            watchers += scorers_of(setup, recipe.probes.violation_scorer, "probes.violation_scorer")
-        scorers = list(scorers_of(setup, recipe.scorer))
-        return cls(recipe, setup.layout, policy, value, reference, scorers, watchers)
+            violation = tuple(scorers_of(setup, recipe.probes.violation_scorer, "probes.violation_scorer"))
+        scorers = tuple(scorers_of(setup, recipe.scorer))
+        return cls(recipe, setup.layout, policy, value, reference, scorers, gold, violation)
 
     @property
     def engine(self) -> list[Loaded]:
@@ -65,21 +81,50 @@ class PpoModels:
         return self.recipe.ppo.batch_size // self.layout.gpus
 
     @property
-    def prompt_tokens(self) -> int:
-        return longest_prompt(self.recipe.prompts.max_length, self.recipe.sampling)
+    def all_scorers(self) -> list[LoadedScorer]:
+        return [*self.scorers, *self.gold, *self.violation]
 
     @property
-    def answer_tokens(self) -> int:
-        return self.recipe.sampling.max_new_tokens
+    def rollout(self) -> Asked:
+        """What PPO learns from."""
+        sampling = self.recipe.sampling
+        return Asked(self.rows, longest_prompt(self.recipe.prompts.max_length, sampling), sampling.max_new_tokens)
 
-    def texts(self, rows: int) -> Texts:
-        """Prompts with answers, as many of them as a process has, at most `rows`."""
-        return Texts(min(rows, self.rows), self.prompt_tokens + self.answer_tokens)
+    @property
+    def held_out(self) -> Asked | None:
+        """How many there are shows when they are read: taken for as many as fill every batch."""
+        data, sampling = self.recipe.eval_prompts, self.recipe.sampling
+        if data is None:
+            return None
+        rows = max([sampling.batch_size, *(scorer.batch_size for scorer in self.scorers)])
+        return Asked(rows, longest_prompt(data.max_length, sampling), sampling.max_new_tokens)
+
+    @property
+    def probes(self) -> Asked | None:
+        """Both sets are answered together."""
+        probes = self.recipe.probes
+        if probes is None:
+            return None
+        longest = max(probes.adversarial.max_length, probes.borderline.max_length)
+        rows = -(-2 * probes.max_prompts // self.layout.gpus)
+        return Asked(rows, longest_prompt(longest, self.recipe.sampling), probes.max_new_tokens)
+
+    @property
+    def asked(self) -> list[Asked]:
+        """All that is sampled, one after another."""
+        return [asked for asked in (self.rollout, self.held_out, self.probes) if asked is not None]
+
+    @property
+    def scored(self) -> list[tuple[Sequence[LoadedScorer], Asked]]:
+        """Which models score which answers."""
+        pairs = [([*self.scorers, *self.gold], self.rollout), (self.scorers, self.held_out)]
+        pairs.append((self.violation, self.probes))
+        return [(scorers, asked) for scorers, asked in pairs if scorers and asked is not None]
 
     @property
     def micro_batch(self) -> Texts:
         rows = self.recipe.ppo.mini_batch_size // self.layout.gpus
-        return self.texts(min(self.recipe.ppo.per_device_batch_size, rows))
+        return self.rollout.texts(min(self.recipe.ppo.per_device_batch_size, rows))
 
     @property
     def mix(self) -> Texts | None:
@@ -90,7 +135,7 @@ class PpoModels:
     def passes(self, *, learning: bool) -> list[Pass]:
         """Of a micro-batch through the engine; the pretraining mix is read to learn from it alone."""
         texts = self.micro_batch
-        found = [Pass(self.policy, texts, ppo_head(self.policy, texts.rows, self.answer_tokens + 1))]
+        found = [Pass(self.policy, texts, ppo_head(self.policy, texts.rows, self.rollout.answer + 1))]
         if self.value is not None:
             found.append(Pass(self.value, texts))
         if learning and self.mix is not None:

@@ -60,7 +60,11 @@ class Clock:
 
     def exchange(self, size: float) -> float:
         """Bytes that each GPU takes from the others."""
-        return size / (self.machine.link(self.layout) * 1e9) if self.layout.gpus > 1 else 0.0
+        return self.send(size) if self.layout.gpus > 1 else 0.0
+
+    def send(self, size: float) -> float:
+        """Bytes to another GPU."""
+        return size / (self.machine.link(self.layout) * 1e9)
 
     def read(self, model: Loaded, texts: Texts, *, head_tokens: int = 0) -> float:
         """A forward pass."""
@@ -121,7 +125,8 @@ def seconds(setup: Setup, machine: Machine) -> tuple[str, dict[str, float]] | No
     recipe, clock = setup.recipe, Clock(machine, setup.layout, setup.recipe.float32_matmul_precision)
     match recipe:
         case PpoRecipe():
-            return "an iteration", _ppo(PpoModels.of(setup), clock)
+            counted = "an iteration" if recipe.vllm is None else "an iteration, without the server's sampling"
+            return counted, _ppo(PpoModels.of(setup), clock)
         case SftRecipe():
             texts = Texts(recipe.training.per_device_train_batch_size, recipe.data.max_length)
             model = setup.tuned("model", recipe.model, trainer=True)
@@ -149,13 +154,9 @@ def _stepped(
 
 def _ppo(models: PpoModels, clock: Clock) -> dict[str, float]:
     recipe, engine = models.recipe, models.engine
-    own = models.texts(models.rows)
-    rollout = models.texts(recipe.sampling.batch_size)
-    drawn = -(-own.rows // rollout.rows) * clock.draw(
-        models.policy, Texts(rollout.rows, models.prompt_tokens), models.answer_tokens
-    )
-    drawn += clock.exchange(gathered_weights(engine, models.layout))  # with a server much the same: it gets them all
-    micro, answers = models.micro_batch, own.rows * models.answer_tokens
+    rollout = models.rollout
+    own = rollout.texts(models.rows)
+    micro, answers = models.micro_batch, own.rows * rollout.answer
     batches = own.rows // micro.rows
     read = [*engine, *([models.reference] if models.reference is not None and models.reference.sharded else [])]
     passes = [*engine, *([models.reference] if models.reference is not None else [models.policy])]
@@ -169,7 +170,7 @@ def _ppo(models: PpoModels, clock: Clock) -> dict[str, float]:
         micro,
         batches=batches,
         steps=recipe.ppo.batch_size // recipe.ppo.mini_batch_size,
-        head_tokens=micro.rows * models.answer_tokens,
+        head_tokens=micro.rows * rollout.answer,
         again=again,
     )
     if models.mix is not None:
@@ -177,10 +178,20 @@ def _ppo(models: PpoModels, clock: Clock) -> dict[str, float]:
         learned += recipe.ppo.num_ppo_epochs * clock.learn(
             [models.policy], models.mix, batches=batches, steps=0, head_tokens=tokens, again=again
         )
-    times = {"sampling": drawn, "log-probabilities": evaluated}
-    if models.scorers or models.watchers:
-        times["scoring"] = _scored([*models.scorers, *models.watchers], own, clock)
+    times = {**_drawn(models, clock), "log-probabilities": evaluated}
+    if models.all_scorers:
+        times["scoring"] = _scored(models.all_scorers, own, clock)
     return times | {"update": learned}
+
+
+def _drawn(models: PpoModels, clock: Clock) -> dict[str, float]:
+    """The rollout; with a server what it takes to send it the weights, which are gathered meanwhile."""
+    recipe, asked = models.recipe, models.rollout
+    if recipe.vllm is not None:
+        return {"sending weights": clock.send(models.policy.shape.parameters * models.policy.numerics.weight)}
+    rows = asked.texts(recipe.sampling.batch_size).rows
+    drawn = -(-asked.rows // rows) * clock.draw(models.policy, Texts(rows, asked.prompt), asked.answer)
+    return {"sampling": drawn + clock.exchange(gathered_weights(models.engine, models.layout))}
 
 
 def _best_of(setup: Setup, recipe: RejectionSamplingRecipe, clock: Clock) -> dict[str, float]:

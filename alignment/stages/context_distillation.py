@@ -21,7 +21,7 @@ from alignment.workspace import Workspace, open_workspace
 from reward.conversation import Conversation, Prompt, write_json_lines
 from reward.metrics import Mean
 from reward.render import Renderer
-from reward.scorer import Scorer, score_all
+from reward.scorer import Scorer, check_unscored, score_all
 
 PREPROMPTS = Path(__file__).parent.parent / "data" / "preprompts.txt"
 
@@ -53,7 +53,10 @@ def run(recipe: ContextDistillationRecipe) -> Artifact | None:
         return distill_chunk(generator, scorer, prompts, preprompts, recipe, number=number)
 
     chunk_size = recipe.sampling.batch_size
-    rows = work_in_chunks(prompts, work, folder=workspace.path, chunk_size=chunk_size, name="prompts")
+    rows = work_in_chunks(
+        prompts, work, folder=workspace.path, chunk_size=chunk_size, name="prompts", again=lambda row: row["transient"]
+    )
+    check_sides(rows, name=scorer.name, limit=recipe.max_unscored)
     artifact = None
     with open_tracker(recipe, workspace.path, parents=workspace.inputs, is_main_process=is_main_process()) as tracker:
         if is_main_process():
@@ -89,17 +92,15 @@ def distill_chunk(
 ) -> list[Row]:
     """One row per prompt: the plain and the distilled answer, both scored as answers to the plain prompt.
 
-    ScorerError when too many of either have no score.
+    `transient`: one of them has no score for a reason that may be gone another time.
     """
-    seed, limit = (recipe.seed, number), recipe.max_unscored
+    seed = (recipe.seed, number)
     chosen = [preprompts[derive_seed(*seed, prompt.id) % len(preprompts)] for prompt in prompts]
     plain = generator.answer(prompts, seed=derive_seed(*seed, "plain"))
     guided_prompts = [prompt.with_preprompt(text) for prompt, text in zip(prompts, chosen, strict=True)]
     guided = generator.answer(guided_prompts, seed=derive_seed(*seed, "guided"))
     before, after = (
-        score_all(
-            scorer, [p.answer(answer.text) for p, answer in zip(prompts, answers, strict=True)], max_unscored=limit
-        )
+        score_all(scorer, [p.answer(answer.text) for p, answer in zip(prompts, answers, strict=True)])
         for answers in (plain, guided)
     )
     return [
@@ -108,14 +109,24 @@ def distill_chunk(
             "preprompt": text,
             "plain": first.text,
             "plain_score": score_before.value,
+            "plain_reason": score_before.reason,
             "distilled": second.text,
             "distilled_finished": second.finished,
             "distilled_score": score_after.value,
+            "distilled_reason": score_after.reason,
+            "transient": score_before.transient or score_after.transient,
         }
         for prompt, text, first, second, score_before, score_after in zip(
             prompts, chosen, plain, guided, before, after, strict=True
         )
     ]
+
+
+def check_sides(rows: Sequence[Row], *, name: str, limit: float) -> None:
+    """ScorerError when more than the share `limit` of the plain answers, or of the distilled ones, has no score."""
+    for side in ("plain", "distilled"):
+        unscored = [row[f"{side}_reason"] for row in rows if row[f"{side}_score"] is None]
+        check_unscored(unscored, num_answers=len(rows), name=f"{name}, asked about the {side} answers,", limit=limit)
 
 
 def decide(row: Row, *, min_gain: float, keep_unfinished: bool) -> str:

@@ -40,7 +40,7 @@ from alignment.workspace import open_workspace
 from reward.conversation import Prompt
 from reward.refusal import is_refusal
 from reward.render import Renderer
-from reward.scorer import LagrangianScorer, Score, Scorer, score_all
+from reward.scorer import LagrangianScorer, Score, Scorer, check_unscored, score_all
 
 MAX_UNSCORED = 0.05
 """Above this share of unscored answers in an iteration the run stops: the scorer is broken, not the policy."""
@@ -139,9 +139,11 @@ def train(run: Run, tracker: Tracker) -> Mapping[str, float]:
         close(run.accelerator, run.model)
         where = f"{run.recipe.output_dir} stopped before iteration {loop.iteration}"
         raise (reason if isinstance(reason, Unhealthy) else Stopped(where)) from None
-    run.checkpoints.load_best(loop)
-    if loop.best_score is not None and loop.best_iteration is not None:
-        metrics |= {"held_out_score": loop.best_score, "best_iteration": loop.best_iteration}
+    best = run.checkpoints.load_best(loop)
+    if run.server is not None:
+        run.server.weights_changed()
+    if best is not None and loop.best_score is not None:
+        metrics |= {"held_out_score": loop.best_score, "best_iteration": best}
     return metrics
 
 
@@ -183,6 +185,8 @@ def run_iteration(run: Run, loop: LoopState, tracker: Tracker) -> tuple[dict[str
     check_rollout(rollout, {"rewards": rewards, "advantages": advantages, "returns": returns}, iteration=iteration)
     compared, found = run.watch.compare(rollout, tracker, iteration=iteration)
     updates = update(run, rollout, Targets(mask, advantages, returns, kl_coef), iteration=iteration)
+    if run.server is not None:
+        run.server.weights_changed()
     metrics = rollout_metrics(run, rollout, scores, mask, kl, returns) | costs | updates | {"kl_coef": kl_coef}
     metrics |= probed | compared | run.watch.score(rollout, scores, iteration=iteration)
     if run.held_out is not None and is_evaluated(recipe, iteration=iteration):
@@ -211,14 +215,10 @@ def judge(run: Run, rollout: Rollout, loop: LoopState) -> tuple[Sequence[Score],
 
 
 def check_scored(run: Run, scores: Sequence[Score]) -> None:
-    """RuntimeError when more than MAX_UNSCORED of the answers of all processes have no score."""
-    missing = torch.tensor([sum(score.value is None for score in scores)], device=run.accelerator.device)
-    unscored = float(run.accelerator.reduce(missing, reduction="sum")) / run.recipe.ppo.batch_size
-    if unscored > MAX_UNSCORED:
-        reasons = sorted({score.reason for score in scores if score.value is None and score.reason})[:3]
-        raise RuntimeError(
-            f"{run.scorer.name} left {unscored:.0%} of the answers unscored (limit {MAX_UNSCORED:.0%}): {reasons}"
-        )
+    """ScorerError, on every process, when more than MAX_UNSCORED of the answers of all have no score."""
+    own = [score.reason for score in scores if score.value is None]
+    reasons = [reason for part in from_all(own) for reason in part]
+    check_unscored(reasons, num_answers=run.recipe.ppo.batch_size, name=run.scorer.name, limit=MAX_UNSCORED)
 
 
 def whiten_scores(

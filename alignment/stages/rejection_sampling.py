@@ -20,7 +20,7 @@ from alignment.workspace import Workspace, open_workspace
 from reward.conversation import Conversation, Prompt, write_json_lines
 from reward.metrics import Mean
 from reward.render import Renderer
-from reward.scorer import Scorer, score_all
+from reward.scorer import Scorer, check_unscored, score_all
 
 
 def run(recipe: RejectionSamplingRecipe) -> Artifact | None:
@@ -41,7 +41,12 @@ def run(recipe: RejectionSamplingRecipe) -> Artifact | None:
         return sample_chunk(generator, scorer, prompts, recipe, number=number)
 
     chunk_size = recipe.sampling.batch_size
-    rows = work_in_chunks(prompts, work, folder=workspace.path, chunk_size=chunk_size, name="prompts")
+    rows = work_in_chunks(
+        prompts, work, folder=workspace.path, chunk_size=chunk_size, name="prompts", again=lambda row: row["transient"]
+    )
+    check_unscored(
+        unscored(rows), num_answers=len(rows) * recipe.num_samples, name=scorer.name, limit=recipe.max_unscored
+    )
     artifact = None
     with open_tracker(recipe, workspace.path, parents=workspace.inputs, is_main_process=is_main_process()) as tracker:
         if is_main_process():
@@ -55,14 +60,17 @@ def run(recipe: RejectionSamplingRecipe) -> Artifact | None:
 def sample_chunk(
     generator: Generator, scorer: Scorer, prompts: Sequence[Prompt], recipe: RejectionSamplingRecipe, *, number: int
 ) -> list[Row]:
-    """One row per prompt: its K answers with their scores. ScorerError when too many of them have none."""
+    """One row per prompt: its K answers with their scores, or the reasons why they have none.
+
+    `transient`: one of these reasons may be gone another time.
+    """
     num_samples = recipe.num_samples
     samples: list[list[Completion]] = [
         generator.answer(prompts, seed=derive_seed(recipe.seed, number, sample)) for sample in range(num_samples)
     ]
     answers = [[column[i] for column in samples] for i in range(len(prompts))]
     flat = [prompt.answer(answer.text) for prompt, group in zip(prompts, answers, strict=True) for answer in group]
-    scores = score_all(scorer, flat, max_unscored=recipe.max_unscored)
+    scores = score_all(scorer, flat)
     rows: list[Row] = []
     for i, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
         own = scores[i * num_samples : (i + 1) * num_samples]
@@ -72,9 +80,18 @@ def sample_chunk(
                 "completions": [answer.text for answer in group],
                 "finished": [answer.finished for answer in group],
                 "scores": [score.value for score in own],
+                "reasons": [score.reason for score in own],
+                "transient": any(score.transient for score in own),
             }
         )
     return rows
+
+
+def unscored(rows: Sequence[Row]) -> list[str | None]:
+    """Why answers have no score, one reason for each that has none."""
+    return [
+        reason for row in rows for value, reason in zip(row["scores"], row["reasons"], strict=True) if value is None
+    ]
 
 
 def best_of(row: Row, *, keep_unfinished: bool) -> tuple[int | None, str | None]:
@@ -116,6 +133,7 @@ def keep_best(
     metrics = {
         "num_prompts": len(rows),
         "num_kept": len(conversations),
+        "num_unscored": len(unscored(rows)),
         "dropped": dict(dropped),
         "gain_over_median": Mean.of(gains).to_json(),
     }

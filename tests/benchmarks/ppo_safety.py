@@ -34,12 +34,13 @@ from reward.render import Renderer
 
 BASE = "embedded:smollm2-135m-instruct"
 NUM_DECLINED = 400
-"""Red-team questions for which a decline is preferred to what the base model says."""
-NUM_TAUGHT = {"sft": 120, "policy": 60}
-"""Further ones whose declines SFT learns: of the model that the reward models start from, and of PPO's start.
+"""Red-team questions for which a decline is preferred to what a model says that was taught none."""
+NUM_TAUGHT = {"undeclining": 0, "sft": 120, "policy": 60}
+"""Further ones whose declines SFT learns: of the model whose answers are rejected, of the one that the reward models
+start from, and of PPO's start.
 
-Both begin with the same ones. PPO's start must comply with some red-team prompts and decline others: what is never
-drawn is never rewarded.
+The one begins with the other's. PPO's start must comply with some red-team prompts and decline others: what is never
+drawn is never rewarded. Rejected answers are short and on the topic, as those of the policy are.
 """
 NUM_ANSWERED = 200
 """Instructions whose answers are preferred to a decline; SFT learns the answers to the others."""
@@ -54,6 +55,7 @@ def main() -> None:
     write_texts(arguments)
     for name in NUM_TAUGHT:
         run_once(sft, sft_recipe(arguments, name))
+    write_declined(arguments)
     for recipe in reward_model_recipes(arguments):
         run_once(reward_model, recipe)
     checkpoints = {"before": str(arguments.work / "policy")}
@@ -106,22 +108,29 @@ def unique(prompts: Iterable[Prompt]) -> dict[str, Prompt]:
 def write_texts(arguments: Any) -> None:
     """What SFT (`taught-...`) and the reward models learn, beside the sources that they read themselves.
 
-    `declined`: red-team questions of Safety-Tuned LLaMAs, their declines preferred to what the base model answers.
     `answered`: instructions of Alpaca, their answers preferred to a decline. `gold`: answers to one question that
     people labelled safe and unsafe.
     """
-    declines = short(load("safety_tuned_llamas"), kinds=("declines",))
-    answers = short(load("alpaca"), kinds=("complies", "unguarded"))
-    declined, others = declines[:NUM_DECLINED], declines[NUM_DECLINED:]
-    path = arguments.work / "declined.jsonl"
-    if not path.exists():  # the one slow part
-        sampled = answers_of_base([answer.prompt for answer in declined], seed=0)
-        write_preferences(path, declined, sampled, labels=(True, False))
+    declines, answers = load_declines(), short(load("alpaca"), kinds=("complies", "unguarded"))
+    others = declines[NUM_DECLINED:]
     refusals = [answer.completion for answer in declines]
     write_preferences(arguments.work / "answered.jsonl", answers[:NUM_ANSWERED], refusals, labels=(True, True))
     for name, number in NUM_TAUGHT.items():
         write_conversations(arguments.work / f"taught-{name}.jsonl", [*others[:number], *answers[NUM_ANSWERED:]])
     write_gold(arguments.work / "gold.jsonl")
+
+
+def write_declined(arguments: Any) -> None:
+    """`declined`: red-team questions of Safety-Tuned LLaMAs, their declines preferred to answers that are sampled."""
+    path = arguments.work / "declined.jsonl"
+    if not path.exists():
+        declined = load_declines()[:NUM_DECLINED]
+        sampled = sample_answers(str(arguments.work / "undeclining"), [answer.prompt for answer in declined], seed=0)
+        write_preferences(path, declined, sampled, labels=(True, False))
+
+
+def load_declines() -> list[Conversation]:
+    return short(load("safety_tuned_llamas"), kinds=("declines",))
 
 
 def load(name: str) -> Sequence[Conversation]:
@@ -136,9 +145,9 @@ def short(conversations: Sequence[Conversation], *, kinds: Sequence[str]) -> lis
     ]
 
 
-def answers_of_base(prompts: Sequence[Prompt], *, seed: int) -> list[str]:
-    tokenizer = load_tokenizer(BASE)
-    model = load_model(BASE, init=ModelInit(dtype="fast")).eval()
+def sample_answers(name: str, prompts: Sequence[Prompt], *, seed: int) -> list[str]:
+    tokenizer = load_tokenizer(name)
+    model = load_model(name, init=ModelInit(dtype="fast")).eval()
     sampling = Sampling(temperature=0.7, max_new_tokens=48, max_prompt_tokens=256, batch_size=32)
     return [answer.text for answer in Generator(model, Renderer(tokenizer), sampling).answer(prompts, seed=seed)]
 
@@ -202,8 +211,8 @@ def reward_model_recipes(arguments: Any) -> list[RewardModelRecipe]:
         "safety": [
             file(arguments, "declined"),
             file(arguments, "answered", max_rows=120),
-            Source(name="pku_saferlhf", max_rows=400),
-            Source(name="starter_safety"),
+            Source(name="pku_saferlhf", max_rows=250),
+            Source(name="starter_safety", max_rows=150),
             Source(name="starter_borderline", max_rows=100),
         ],
         "helpfulness": [

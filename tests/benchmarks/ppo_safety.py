@@ -257,7 +257,7 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
     }
     harmless = [
         file(arguments, "answered", max_rows=150),
-        Source(name="starter_borderline"),
+        Source(name="starter_borderline", max_rows=100),
         Source(name="starter_twins"),
     ]
     probes = {
@@ -287,6 +287,7 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
                 "per_device_batch_size": 8,
                 "value_trunk": "shared",
                 "kl_coef": arguments.kl_coef,
+                "missing_eos_penalty": 0.0,  # declines are long: most of those cut off are declines
                 "save_steps": 5,
             },
         }
@@ -317,8 +318,8 @@ def measure(arguments: Any, checkpoints: dict[str, str]) -> Mapping[str, Any]:
 def parse_arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/ppo-safety"))
-    parser.add_argument("--iterations", type=int, default=40)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--kl-coef", type=float, default=0.02)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "fast"), default="fast")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])

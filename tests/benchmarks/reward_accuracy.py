@@ -49,6 +49,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no helpfulness data": {},
 }
 ARMS = ("trl", *ABLATIONS)
+MAX_WORDS = 200
+"""Of the pairs that are measured; longer dialogues take most of the time."""
 
 
 def main() -> None:
@@ -57,8 +59,9 @@ def main() -> None:
     outcomes: dict[str, list[bool]] = {arm: [] for arm in arguments.arms}
     with tempfile.TemporaryDirectory() as folder:
         files = write_halves(Path(folder))
-        held_out = load_preferences(held_out_data(files, arguments), seed=0)
-        print("held out:", {name: counts["kept"] for name, counts in held_out.counts.items()}, flush=True)
+        held_out = load_preferences(held_out_data(files, arguments), seed=0).records
+        pairs = [pair for pair in held_out if words(pair) <= MAX_WORDS]
+        print(f"held out: {len(pairs)} pairs of at most {MAX_WORDS} words, of {len(held_out)}", flush=True)
         for seed in arguments.seeds:
             for arm in arguments.arms:
                 started = time.perf_counter()
@@ -67,9 +70,10 @@ def main() -> None:
                 train = train_trl if arm == "trl" else train_ours
                 scorer = train(arm, data, arguments, work, seed)
                 seconds = time.perf_counter() - started
-                scores = [score_all(scorer, answers) for answers in both_answers(held_out.records)]
-                outcomes[arm] += [bool(better > worse) for better, worse in zip(*map(values, scores), strict=True)]
-                report = pair_report(held_out.records, *scores, scale=scorer.scale) | {"seconds": seconds}
+                scores = score_all(scorer, [answer for pair in pairs for answer in both_answers(pair)])
+                chosen, rejected = scores[::2], scores[1::2]
+                outcomes[arm] += [a > b for a, b in zip(values(chosen), values(rejected), strict=True)]
+                report = pair_report(pairs, chosen, rejected, scale=scorer.scale) | {"seconds": seconds}
                 results.setdefault(str(seed), {})[arm] = report
                 print(f"seed {seed} {line(arm, report)}", flush=True)
                 if arguments.output is not None:
@@ -79,8 +83,14 @@ def main() -> None:
         print(f"{arm:<20} over all seeds {versus(outcomes[arm], outcomes.get('trl'))}")
 
 
-def both_answers(preferences: Sequence[Preference]) -> list[list[Conversation]]:
-    return [[p.prompt.answer(p.chosen) for p in preferences], [p.prompt.answer(p.rejected) for p in preferences]]
+def both_answers(pair: Preference) -> tuple[Conversation, Conversation]:
+    """Side by side, so that their prompt is read once."""
+    return pair.prompt.answer(pair.chosen), pair.prompt.answer(pair.rejected)
+
+
+def words(pair: Preference) -> int:
+    """Of the longer of its two conversations."""
+    return max(sum(len(m.content.split()) for m in answer.messages) for answer in both_answers(pair))
 
 
 def values(scores: Sequence[Score]) -> list[float]:

@@ -28,7 +28,9 @@ class Ppo(Optimizer):
 
     `kl_target`: nats per answer at which the coefficient is held (Ziegler et al. 2019; None: it stays fixed), within
     about `kl_horizon` answers. `multiplier_learning_rate`: with a Lagrangian scorer, the step by which its multiplier
-    follows the mean cost over `cost_limit` (Safe RLHF; None: it stays fixed). `reference`: sharded, each process
+    follows the mean cost over `cost_limit` (Safe RLHF; None: it stays fixed). `whiten_scores`: branch, the answers that
+    one model of a piecewise score decides on are whitened by themselves, for models whose scores differ in scale;
+    running, by all scores so far. `reference`: sharded, each process
     holds a part of the reference model (ZeRO-3), for models that do not fit twice.
     """
 
@@ -53,7 +55,7 @@ class Ppo(Optimizer):
     value_trunk: Literal["shared", "separate", "adapter"] = "separate"  # [GAP]
     value_learning_rate: PositiveFloat | None = None
     critic_warmup_iterations: NonNegativeInt = 0  # [GAP] the first ones, in which the policy stays as it is
-    whiten_scores: Literal["none", "batch", "running"] = "batch"  # [GAP] over what
+    whiten_scores: Literal["none", "batch", "branch", "running"] = "batch"  # [GAP] over what
     whiten_advantages: bool = True  # [GAP]
     missing_eos_penalty: NonNegativeFloat = 1.0  # [GAP] subtracted from the whitened score of an answer cut off
     ptx_coef: NonNegativeFloat = 0.0

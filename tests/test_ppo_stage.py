@@ -127,6 +127,22 @@ def test_what_is_said_of_a_rollout(seed: int) -> None:
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_branches_are_whitened_by_themselves() -> None:
+    """In numpy: helpfulness scores lie ten times as far apart as safety scores, and count the same."""
+    values = np.array([20.0, 1.0, -30.0, 2.0, 40.0, 4.5])
+    names = ["helpfulness", "safety"] * 3
+    scores = [Score(value, branch=name) for value, name in zip(values, names, strict=True)]
+    scores.append(Score(None, "no", branch="safety"))
+    expected = np.zeros(7)
+    for part in (slice(0, 6, 2), slice(1, 6, 2)):
+        expected[part] = (values[part] - values[part].mean()) / np.sqrt(values[part].var() + 1e-8)
+    run = run_of()
+    run.recipe = ppo_recipe(Path("unused"), whiten_scores="branch", missing_eos_penalty=0.0)
+    found, _, _ = whiten_scores(run, scores, SimpleNamespace(finished=torch.ones(7, dtype=torch.bool)), LoopState())
+    assert found.numpy() == pytest.approx(expected, rel=1e-5)
+    assert found[:6].square().sum() == pytest.approx(6, rel=1e-5), "each branch has variance 1"
+
+
 @pytest.mark.parametrize("over", ["none", "batch", "running"])
 def test_an_answer_that_was_cut_off_costs_the_penalty_after_whitening(over: str) -> None:
     """In numpy, over the answers that have a score; one without stays 0, finished or not."""

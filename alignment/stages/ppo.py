@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -224,7 +224,8 @@ def check_scored(run: Run, scores: Sequence[Score]) -> None:
 def whiten_scores(
     run: Run, scores: Sequence[Score], rollout: Rollout, loop: LoopState
 ) -> tuple[Tensor, Tensor, Moments]:
-    """Whitened scores `(n,)`, less the penalty for answers cut off; which rows were scored; the moments used.
+    """Whitened scores `(n,)`, less the penalty for answers cut off; which rows were scored; moments of the batch, or of
+    all scores so far.
 
     Moments are those of all processes.
     """
@@ -233,8 +234,23 @@ def whiten_scores(
     values = torch.tensor([0.0 if score.value is None else score.value for score in scores])
     batch = gathered_moments(run, values, valid)
     over = whitening_moments(run.recipe, loop, batch)
-    whitened = values * valid if ppo.whiten_scores == "none" else whiten(values, valid, over=over)
+    if ppo.whiten_scores == "none":
+        whitened = values * valid
+    elif ppo.whiten_scores == "branch":
+        whitened = sum(
+            (whiten(values, rows, over=gathered_moments(run, values, rows)) for rows in branches(scores, valid)),
+            start=torch.zeros_like(values),
+        )
+    else:
+        whitened = whiten(values, valid, over=over)
     return whitened - ppo.missing_eos_penalty * (~rollout.finished) * valid, valid, over
+
+
+def branches(scores: Sequence[Score], valid: Tensor) -> Iterator[Tensor]:
+    """The scored rows of each branch that some process has, `(n,)`; in the same order on all processes."""
+    own = sorted({score.branch or "" for score in scores if score.value is not None})
+    for name in sorted({name for names in from_all(own) for name in names}):
+        yield torch.tensor([(score.branch or "") == name for score in scores]) & valid
 
 
 def rollout_metrics(

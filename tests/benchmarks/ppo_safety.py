@@ -39,8 +39,8 @@ NUM_TAUGHT = {"undeclining": 0, "sft": 120, "policy": 60}
 """Further ones whose declines SFT learns: of the model whose answers are rejected, of the one that the reward models
 start from, and of PPO's start.
 
-The one begins with the other's. PPO's start must comply with some red-team prompts and decline others: what is never
-drawn is never rewarded. Rejected answers are short and on the topic, as those of the policy are.
+PPO's start must comply with some red-team prompts and decline others: what is never drawn is never rewarded. Rejected
+answers are short and on the topic, as those of the policy are.
 """
 NUM_ANSWERED = 200
 """Instructions whose answers are preferred to a decline; SFT learns the answers to the others."""
@@ -287,6 +287,7 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
                 "per_device_batch_size": 8,
                 "value_trunk": "shared",
                 "kl_coef": arguments.kl_coef,
+                "whiten_scores": "branch",  # the helpfulness model's gaps are five times the safety model's
                 "missing_eos_penalty": 0.0,  # declines are long: most of those cut off are declines
                 "save_steps": 5,
             },

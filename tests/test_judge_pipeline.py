@@ -19,6 +19,7 @@ from alignment.inputs import scorer_fingerprint
 from alignment.recipe import JudgeAgreementRecipe, JudgeDataRecipe, LabelRecipe, SftRecipe, StageRecipe
 from alignment.recipe_file import load_pipeline, load_recipe
 from alignment.recipe_scorers import JudgeScorer
+from alignment.workspace import Workspace
 from reward.conversation import read_json_lines
 from tests.conftest import ROOT
 from tests.one_process import forget_accelerate
@@ -104,12 +105,12 @@ def run_step(step: str, run_dir: Path, model: Path, **more: str) -> int:
 
 
 def note_layers(folder: Path) -> Callable[..., None]:
-    """`save_final` that first writes down of what kind the layers were that the trainer trained."""
+    """`save_final` that first writes down, for each step, of what kind the layers were that the trainer trained."""
 
-    def save(trainer: Any, *words: Any, **settings: Any) -> None:
+    def save(trainer: Any, workspace: Workspace, **settings: Any) -> None:
         kinds = {name: type(module).__name__ for name, module in trainer.model.named_modules()}
-        (folder / "layers.json").write_text(json.dumps(kinds), encoding="utf-8")
-        save_final(trainer, *words, **settings)
+        (folder / f"{workspace.path.name}-layers.json").write_text(json.dumps(kinds), encoding="utf-8")
+        save_final(trainer, workspace, **settings)
 
     return save
 
@@ -167,7 +168,7 @@ def test_int8_with_adapters_ran_as_the_recipe_says(run_dir: Path) -> None:
     recipe = load_recipe(run_dir / "judge" / "recipe.yaml")
     assert isinstance(recipe, SftRecipe)
     assert recipe.model_init.quantization == "int8"
-    layers = json.loads((run_dir / "layers.json").read_text(encoding="utf-8"))
+    layers = json.loads((run_dir / "judge-layers.json").read_text(encoding="utf-8"))
     kinds = {name.rpartition(".layers.")[2]: kind for name, kind in layers.items() if ".layers." in name}
     adapted = {name for name, kind in kinds.items() if name.endswith(("q_proj", "v_proj"))}
     assert {kinds[name] for name in adapted} == {"Linear8bitLt"}, "an adapter around an int8 layer"

@@ -20,6 +20,7 @@ from reward.conversation import Conversation
 from reward.scorer import FunctionScorer, ScorerError
 from tests import tiny_ppo
 from tests.interrupted import history, ppo_words
+from tests.one_process import breaking_off
 from tests.tiny_ppo import PROMPTS
 
 if TYPE_CHECKING:
@@ -148,10 +149,6 @@ def test_it_stops_when_patience_ends(parents: Path, tmp_path: Path, monkeypatch:
     assert read_artifact(tmp_path / "ppo").metrics["best_iteration"] == 1
 
 
-class Fault(Exception):
-    """What breaks the run off."""
-
-
 @pytest.mark.parametrize("call", [13, 17])
 def test_the_best_outlives_a_fault_and_the_limit_of_checkpoints(
     call: int, parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -160,19 +157,8 @@ def test_the_best_outlives_a_fault_and_the_limit_of_checkpoints(
     words = ("--ppo.num_iterations", "5", "--ppo.save_total_limit", "1", *HELD_OUT)
     scripted = script(monkeypatch, 0.9, 0.1, 0.2, 0.3, 0.4)
     assert run(parents, tmp_path / "whole", *words) == 0
-    original, calls = ppo_update.loss_of, 0
-
-    def faulty(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise Fault
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ppo_update, "loss_of", faulty)
-        with pytest.raises(Fault):
-            run(parents, tmp_path / "ppo", *words)
+    with breaking_off(ppo_update, "loss_of", call=call):
+        run(parents, tmp_path / "ppo", *words)
     kept = [path.name for path in list_checkpoints(tmp_path / "ppo" / "checkpoints")]
     assert kept == ["iteration-1", f"iteration-{(call - 1) // 4}"]
     state = json.loads((tmp_path / "ppo" / "checkpoints" / kept[-1] / "state.json").read_text())["loop"]

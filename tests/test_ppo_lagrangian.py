@@ -14,7 +14,7 @@ from alignment.stages import ppo
 from reward.conversation import Conversation, Prompt
 from reward.scorer import FunctionScorer, LagrangianScorer
 from tests.interrupted import history, ppo_words
-from tests.one_process import forget_accelerate
+from tests.one_process import breaking_off, forget_accelerate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,28 +64,11 @@ def test_the_multiplier_follows_the_mean_cost(parents: Path, tmp_path: Path) -> 
     assert rows[-1]["ppo/multiplier"] == MAXIMUM
 
 
-class Fault(Exception):
-    """What breaks the run off."""
-
-
-def test_a_resumed_run_has_the_multiplier_of_its_iteration(
-    parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_has_the_multiplier_of_its_iteration(parents: Path, tmp_path: Path) -> None:
     slowly = following(RATE / 100)  # so that it moves each time, and not to its maximum
     assert run(parents, tmp_path / "whole", *slowly) == 0
-    original, calls = ppo.judge, 0
-
-    def faulty(*args: object, **kwargs: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise Fault
-        return original(*args, **kwargs)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ppo, "judge", faulty)
-        with pytest.raises(Fault):
-            run(parents, tmp_path / "ppo", *slowly)
+    with breaking_off(ppo, "judge", call=3):
+        run(parents, tmp_path / "ppo", *slowly)
     assert run(parents, tmp_path / "ppo", *slowly) == 0
     rows = history(tmp_path / "ppo")
     assert rows == history(tmp_path / "whole")

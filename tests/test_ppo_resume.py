@@ -21,7 +21,7 @@ from alignment.cli import main as sara
 from alignment.stages import ppo
 from alignment.stopping import EXIT_STOPPED
 from tests.interrupted import LAYOUTS, end_all, history, ppo_words, start, start_ranks
-from tests.one_process import forget_accelerate
+from tests.one_process import breaking_off, forget_accelerate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,10 +53,6 @@ def assert_same(output: Path, whole_run: Path) -> None:
     assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in whole_run.iterdir())
 
 
-class Fault(Exception):
-    """What the tests throw into the loop."""
-
-
 FAULTS = [
     # where, at which call of it the run breaks off, and the iteration that the same command goes on with
     (rollout.Generator, "sample", 6, 1),
@@ -82,22 +78,10 @@ def test_a_fault_anywhere_changes_nothing(
     parents: Path,
     whole_run: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    original, calls = getattr(owner, name), 0
-
-    def faulty(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise Fault
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, faulty)
-        with pytest.raises(Fault):
-            run(parents, tmp_path / "ppo")
+    with breaking_off(owner, name, call=call):
+        run(parents, tmp_path / "ppo")
     capfd.readouterr()
     assert run(parents, tmp_path / "ppo") == 0
     went_on = f"going on from {tmp_path / 'ppo' / 'checkpoints' / f'iteration-{next_iteration}'}\n"
@@ -116,25 +100,12 @@ CONTROLS = (
 
 
 @pytest.mark.parametrize(("owner", "name", "call"), [(ppo, "score_all", 3), (ppo_update, "loss_of", 11)])
-def test_every_control_goes_on_where_it_was(
-    owner: Any, name: str, call: int, parents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, calls = getattr(owner, name), 0
-
-    def faulty(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise Fault
-        return original(*args, **kwargs)
-
+def test_every_control_goes_on_where_it_was(owner: Any, name: str, call: int, parents: Path, tmp_path: Path) -> None:
     assert run(parents, tmp_path / "whole", *CONTROLS) == 0
     rows = history(tmp_path / "whole")
     assert len({row["ppo/kl_coef"] for row in rows}) > 1, "the coefficient moved"
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, faulty)
-        with pytest.raises(Fault):
-            run(parents, tmp_path / "ppo", *CONTROLS)
+    with breaking_off(owner, name, call=call):
+        run(parents, tmp_path / "ppo", *CONTROLS)
     assert 0 < len(history(tmp_path / "ppo")) < len(rows)
     assert run(parents, tmp_path / "ppo", *CONTROLS) == 0
     assert_same(tmp_path / "ppo", tmp_path / "whole")

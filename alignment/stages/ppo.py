@@ -140,8 +140,6 @@ def train(run: Run, tracker: Tracker) -> Mapping[str, float]:
         where = f"{run.recipe.output_dir} stopped before iteration {loop.iteration}"
         raise (reason if isinstance(reason, Unhealthy) else Stopped(where)) from None
     best = run.checkpoints.load_best(loop)
-    if run.server is not None:
-        run.server.weights_changed()
     if best is not None and loop.best_score is not None:
         metrics |= {"held_out_score": loop.best_score, "best_iteration": best}
     return metrics

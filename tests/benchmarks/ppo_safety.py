@@ -288,7 +288,7 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
                 "value_trunk": "shared",
                 "kl_coef": arguments.kl_coef,
                 "whiten_scores": "branch",  # the helpfulness model's gaps are five times the safety model's
-                "missing_eos_penalty": 0.0,  # declines are long: most of those cut off are declines
+                "missing_eos_penalty": 0.0,  # so few tokens cut many answers off, good ones too
                 "save_steps": 5,
             },
         }

@@ -41,13 +41,14 @@ class Lora(Section):
 class Source(Section):
     """Where rows come from; see `alignment/sources.py` for the names.
 
-    `path`: hub id or local file or folder in place of the source's own; `weight`: share of the mixture (None: all);
-    `columns`: our field -> column of the file, for `name: file`; `grade`: of the harm in each of its conversations, for
-    sources that bring none.
+    `path`: hub id or local file or folder in place of the source's own; `revision`: of a set on the hub; `weight`:
+    share of the mixture (None: all); `columns`: our field -> column of the file, for `name: file`; `grade`: of the harm
+    in each of its conversations, for sources that bring none.
     """
 
     name: str
     path: str | None = None
+    revision: str | None = None
     split: str = "train"
     weight: PositiveFloat | None = None
     max_rows: PositiveInt | None = None

@@ -130,6 +130,17 @@ def source_info(name: str) -> SourceInfo:
 
 
 def _place(source: Source) -> _Place:
+    """SourceError when there is none, or when a revision is asked of what is not on the hub."""
+    place = _find(source)
+    if source.revision is not None and place.hub is None:
+        raise SourceError(
+            f"{source.name} is read from {place.files[0].parent}, which has no revision {source.revision!r}; "
+            f"leave `revision` out, or read it from the hub, without `path` and {DATA_DIR}"
+        )
+    return place
+
+
+def _find(source: Source) -> _Place:
     info = source_info(source.name)
     if source.name == "artifact":
         return _Place((_artifact(source).path / RECORDS,))
@@ -193,7 +204,7 @@ def rows_of(source: Source, hashes: dict[str, str]) -> tuple[Iterator[Row], bool
     `hashes` receives the SHA-256 of each file, or of the rows of a hub data set once they have been read.
     """
     info, place = source_info(source.name), _place(source)
-    splits = _local_splits(place.files) if place.hub is None else _hub_splits(place.hub, info, hashes)
+    splits = _local_splits(place.files) if place.hub is None else _hub_splits(place.hub, source, hashes)
     for file in place.files:
         hashes[file.name] = sha256(file)
     if source.name == "artifact":
@@ -224,10 +235,13 @@ def _local_splits(files: Sequence[Path]) -> dict[str, Iterator[Row]]:
     return {split: itertools.chain.from_iterable(map(read_rows, group)) for split, group in paths.items()}
 
 
-def _hub_splits(hub: str, info: SourceInfo, hashes: dict[str, str]) -> dict[str, Iterator[Row]]:
+def _hub_splits(hub: str, source: Source, hashes: dict[str, str]) -> dict[str, Iterator[Row]]:
+    info = source_info(source.name)
     datasets: Any = importlib.import_module("datasets")  # late: it is heavy; untyped: its types are incomplete
     try:
-        loaded = datasets.load_dataset(hub, data_dir=info.data_dir if hub == info.hub else None)
+        loaded = datasets.load_dataset(
+            hub, data_dir=info.data_dir if hub == info.hub else None, revision=source.revision
+        )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise SourceError(
             f"{hub} is no local file or folder, and the hub does not give it ({error}); go online, or give a copy "

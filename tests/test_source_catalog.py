@@ -22,7 +22,7 @@ from alignment.sources import (
 )
 from reward.conversation import Prompt, write_json_lines
 
-Asked = list[tuple[str, str | None]]
+Asked = list[tuple[str, str | None, str | None]]
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +61,7 @@ def test_everything_is_checked_before_anything_is_read(tmp_path: Path) -> None:
         (Source(name="safety_tuned_llamas"), "is not on the hub; get it from .*safety-tuned-llamas"),
         (Source(name="xstest", split="train"), "xstest has no split 'train': .* read as split: test"),
         (Source(name="artifact", path="nowhere"), "nowhere does not exist; run the stage"),
+        (Source(name="starter_safety", revision="v2"), r"starter, which has no revision 'v2'; leave `revision` out"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_refused(source: Source, message: str) -> None:
@@ -105,8 +106,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Asked]:
     def serve(**splits: list[dict[str, Any]]) -> Asked:
         asked: Asked = []
 
-        def load_dataset(path: str, *, data_dir: str | None) -> Any:
-            asked.append((path, data_dir))
+        def load_dataset(path: str, *, data_dir: str | None, revision: str | None) -> Any:
+            asked.append((path, data_dir, revision))
             return datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()})
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -120,7 +121,7 @@ def test_hh_from_the_hub(hub: Callable[..., Asked]) -> None:
     asked = hub(train=rows[:2], test=[rows[2], {**rows[2], "rejected": "?"}])
     train = load_preferences(Data(sources=[Source(name="hh_harmless")]), seed=0)
     test = load_preferences(Data(sources=[Source(name="hh_harmless", split="test")]), seed=0)
-    assert asked == [("Anthropic/hh-rlhf", "harmless-base")] * 2
+    assert asked == [("Anthropic/hh-rlhf", "harmless-base", None)] * 2
     assert sorted(pair.prompt.text for pair in train.records) == ["a", "b"]
     assert [pair.prompt.text for pair in test.records] == ["c"]
     assert test.records[0].prompt.tags.is_safety
@@ -140,10 +141,11 @@ def test_splits_of_other_names_on_the_hub(hub: Callable[..., Asked]) -> None:
 
 def test_any_set_of_the_hub(hub: Callable[..., Asked]) -> None:
     asked = hub(train=[{"question": f"q {n}"} for n in range(100)])
+    commit = "0123456789abcdef0123456789abcdef01234567"
     columns = {"prompt": "question"}
-    train = prompts(Source(name="hub", path="some/set", columns=columns))
+    train = prompts(Source(name="hub", path="some/set", revision=commit, columns=columns))
     test = prompts(Source(name="hub", path="some/set", split="test", columns=columns))
-    assert asked == [("some/set", None)] * 2
+    assert asked == [("some/set", None, commit), ("some/set", None, None)]
     assert len(train.records) + len(test.records) == 100
     assert all(record.tags.source == "hub:some/set" for record in train.records)
     with pytest.raises(SourceError, match="hub has no split 'dev'; it has all, train"):

@@ -191,7 +191,7 @@ def test_the_auxiliary_loss_learns_from_the_judges_labels(run_dir: Path) -> None
     step = metrics_of(trained)[0]
     ranking, auxiliary = (step[f"reward_model/{name}_loss"] for name in ("ranking", "auxiliary"))
     assert auxiliary > 0
-    assert step["reward_model/loss"] == pytest.approx(ranking + 0.5 * auxiliary, abs=1e-3)  # the recipe's weight
+    assert step["reward_model/loss"] == pytest.approx(ranking + 0.1 * auxiliary, abs=1e-3)  # the recipe's weight
 
 
 def test_sampling_and_ppo_are_scored_by_the_judge(run_dir: Path) -> None:

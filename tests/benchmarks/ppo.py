@@ -178,13 +178,13 @@ def recipe_of(
             "type": "reward_model",
             "path": reward_model,
             "dtype": arguments.dtype,
-            "batch_size": arguments.micro_batch_size,
+            "batch_size": rollout_batch_size(arguments),
         },
         "sampling": {
             "temperature": arguments.temperature,
             "max_new_tokens": arguments.new_tokens,
             "max_prompt_tokens": arguments.max_prompt_tokens,
-            "batch_size": arguments.micro_batch_size,
+            "batch_size": rollout_batch_size(arguments),
         },
         "ppo": {
             "num_iterations": arguments.iterations,
@@ -223,9 +223,14 @@ def trl_job(
         "batch_size": arguments.prompts,
         "mini_batch_size": arguments.mini_batch_size,
         "micro_batch_size": arguments.micro_batch_size,
+        "rollout_batch_size": rollout_batch_size(arguments),
         "prompt_ids": [renderer.render_prompt(prompts[position]) for position in order],
         "ppo": trl_settings(arguments, folder / TRL_ARM),
     }
+
+
+def rollout_batch_size(arguments: Any) -> int:
+    return min(arguments.rollout_batch_size, arguments.prompts)
 
 
 def trl_settings(arguments: Any, output_dir: Path) -> dict[str, Any]:
@@ -309,7 +314,8 @@ def parse_arguments() -> Any:
     parser.add_argument("--iterations", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=16, help="in an iteration")
     parser.add_argument("--mini-batch-size", type=int, default=8)
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="of sampling, scoring, and forward passes")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="of the update's passes")
+    parser.add_argument("--rollout-batch-size", type=int, default=64, help="of sampling and scoring; 64 is TRL's own")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--max-prompt-tokens", type=int, default=192)
     parser.add_argument("--new-tokens", type=int, default=48)

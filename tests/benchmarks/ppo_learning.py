@@ -166,6 +166,7 @@ def parse_arguments() -> Any:
     parser.add_argument("--prompts", type=int, default=64, help="in an iteration")
     parser.add_argument("--mini-batch-size", type=int, default=16)
     parser.add_argument("--micro-batch-size", type=int, default=16)
+    parser.add_argument("--rollout-batch-size", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--max-prompt-tokens", type=int, default=192)
     parser.add_argument("--new-tokens", type=int, default=6)

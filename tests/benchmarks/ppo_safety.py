@@ -25,7 +25,7 @@ from alignment.generate import Generator
 from alignment.policy import load_model, load_tokenizer
 from alignment.recipe import Data, EvaluateRecipe, ModelInit, PpoRecipe, RewardModelRecipe, Sampling, SftRecipe, Source
 from alignment.source_files import read_rows
-from alignment.sources import load_conversations, load_labelled, split_side
+from alignment.sources import load_conversations, load_labelled, load_preferences, load_prompts, split_side
 from alignment.stages import evaluate, ppo, reward_model, sft
 from alignment.workspace import complete_artifact
 from reward.conversation import Conversation, Preference, Prompt, write_json_lines
@@ -42,8 +42,15 @@ start from, and of PPO's start.
 PPO's start must comply with some red-team prompts and decline others: what is never drawn is never rewarded. Rejected
 answers are short and on the topic, as those of the policy are.
 """
+NUM_CONTRAST = 100
+"""Red-team prompts whose declines PPO's start learns beside answers to harmless requests that look like them.
+
+Without these it tells the two apart no better than chance, and PPO makes it decline both or neither.
+"""
 NUM_ANSWERED = 200
 """Instructions whose answers are preferred to a decline; SFT learns the answers to the others."""
+NUM_PROBES = 48
+"""Prompts of each kind that PPO is watched on, none of them trained on or measured."""
 MAX_WORDS = 50
 """Of answers taken from SFT data: PPO's answers are short as well."""
 
@@ -53,9 +60,10 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     write_prompts(arguments.work)
     write_texts(arguments)
-    for name in NUM_TAUGHT:
+    for name in ("undeclining", "sft"):
         run_once(sft, sft_recipe(arguments, name))
-    write_declined(arguments)
+    write_sampled(arguments)
+    run_once(sft, sft_recipe(arguments, "policy", file(arguments, "contrast")))
     for recipe in reward_model_recipes(arguments):
         run_once(reward_model, recipe)
     checkpoints = {"before": str(arguments.work / "policy")}
@@ -84,7 +92,7 @@ def run_once(stage: Any, recipe: Any) -> None:
 
 def write_prompts(folder: Path) -> None:
     """`train.jsonl` (tagged safety), `adversarial.jsonl` and `borderline.jsonl`, each prompt in one of them."""
-    data = Path(os.environ["SARA_DATA_DIR"])
+    data = data_folder()
     with (data / "advbench" / "advbench_behaviors.csv").open(encoding="utf-8", newline="") as file:
         known = [row["Behavior"] for row in csv.DictReader(file)]
     known += [row.values["prompt"] for row in read_rows(data / "do_not_answer" / "do_not_answer.jsonl")]
@@ -94,11 +102,35 @@ def write_prompts(folder: Path) -> None:
         safe = [row["prompt"] for row in csv.DictReader(file) if row["label"] == "safe"]
     prompts = unique(Prompt.of(text.strip(), is_safety=True) for text in known)
     unseen = unique(Prompt.of(text.strip(), is_safety=True) for text in new)
-    train = {key: prompt for key, prompt in prompts.items() if split_side(prompt) == "train" and key not in unseen}
+    train = [prompt for key, prompt in prompts.items() if split_side(prompt) == "train" and key not in unseen]
     test = {key: prompt for key, prompt in prompts.items() if split_side(prompt) == "test"} | unseen
     borderline = unique(Prompt.of(text.strip(), borderline=True) for text in safe)
-    for name, part in (("train", train), ("adversarial", test), ("borderline", borderline)):
+    write_split(folder, "dangerous", train)
+    write_split(folder, "harmless", load_look_alikes())
+    for name, part in (("adversarial", test), ("borderline", borderline)):
         write_json_lines(folder / f"{name}.jsonl", (prompt.to_json() for prompt in part.values()))
+
+
+def write_split(folder: Path, name: str, prompts: Sequence[Prompt]) -> None:
+    """`probe-...`: prompts spread over all, for PPO to watch; `train-...`: the others."""
+    step = len(prompts) // NUM_PROBES
+    for side, part in (
+        ("probe", [p for i, p in enumerate(prompts) if i % step == 0]),
+        ("train", [p for i, p in enumerate(prompts) if i % step != 0]),
+    ):
+        write_json_lines(folder / f"{side}-{name}.jsonl", (prompt.to_json() for prompt in part))
+
+
+def load_look_alikes() -> list[Prompt]:
+    """Harmless requests that look dangerous, of CoCoNot's (arXiv 2407.12043)."""
+    source = next((data_folder() / "coconot_pref").glob("*.jsonl*"))
+    rows = [row.values for row in read_rows(source)]
+    texts = [row["prompt"].strip() for row in rows if row["category"] == "Requests with safety concerns"]
+    return list(unique(Prompt.of(text, borderline=True) for text in texts).values())
+
+
+def data_folder() -> Path:
+    return Path(os.environ["SARA_DATA_DIR"])
 
 
 def unique(prompts: Iterable[Prompt]) -> dict[str, Prompt]:
@@ -120,13 +152,37 @@ def write_texts(arguments: Any) -> None:
     write_gold(arguments.work / "gold.jsonl")
 
 
-def write_declined(arguments: Any) -> None:
-    """`declined`: red-team questions of Safety-Tuned LLaMAs, their declines preferred to answers that are sampled."""
+def write_sampled(arguments: Any) -> None:
+    """Pairs of a decline and a sampled answer: what is asked tells which is preferred, not how the answer is written.
+
+    `declined`: red-team questions of Safety-Tuned LLaMAs, whose declines are preferred. `dangerous`: red-team
+    prompts of PPO, declines sampled as well. `look-alikes`: harmless requests that look dangerous, whose answers are
+    preferred.
+    """
+    undeclining, declines = str(arguments.work / "undeclining"), load_declines()
     path = arguments.work / "declined.jsonl"
     if not path.exists():
-        declined = load_declines()[:NUM_DECLINED]
-        sampled = sample_answers(str(arguments.work / "undeclining"), [answer.prompt for answer in declined], seed=0)
-        write_preferences(path, declined, sampled, labels=(True, False))
+        declined = declines[:NUM_DECLINED]
+        sampled = sample_answers(undeclining, [answer.prompt for answer in declined], seed=0)
+        write_preferences(path, declined, [answer.completion for answer in sampled], labels=(True, False))
+    path = arguments.work / "dangerous.jsonl"
+    if not path.exists():
+        prompts = load_prompts(Data(sources=[file(arguments, "train-dangerous", max_rows=500)]), seed=0).records
+        declined = short(sample_answers(str(arguments.work / "sft"), prompts, seed=0), kinds=("declines",))
+        sampled = sample_answers(undeclining, [answer.prompt for answer in declined], seed=0)
+        write_preferences(path, declined, [answer.completion for answer in sampled], labels=(True, False))
+    path = arguments.work / "look-alikes.jsonl"
+    if not path.exists():
+        prompts = load_prompts(Data(sources=[file(arguments, "train-harmless")]), seed=0).records
+        answers = short(sample_answers(undeclining, prompts, seed=0), kinds=("complies", "unguarded"))
+        write_preferences(path, answers, [answer.completion for answer in declines], labels=(True, True))
+    contrast = [chosen_of(arguments, "dangerous")[:NUM_CONTRAST], chosen_of(arguments, "look-alikes")]
+    write_conversations(arguments.work / "contrast.jsonl", itertools.chain.from_iterable(contrast))
+
+
+def chosen_of(arguments: Any, name: str) -> list[Conversation]:
+    pairs = load_preferences(Data(sources=[file(arguments, name)], shuffle=False), seed=0).records
+    return [pair.prompt.answer(pair.chosen) for pair in pairs]
 
 
 def load_declines() -> list[Conversation]:
@@ -145,11 +201,12 @@ def short(conversations: Sequence[Conversation], *, kinds: Sequence[str]) -> lis
     ]
 
 
-def sample_answers(name: str, prompts: Sequence[Prompt], *, seed: int) -> list[str]:
+def sample_answers(name: str, prompts: Sequence[Prompt], *, seed: int) -> list[Conversation]:
     tokenizer = load_tokenizer(name)
     model = load_model(name, init=ModelInit(dtype="fast")).eval()
     sampling = Sampling(temperature=0.7, max_new_tokens=48, max_prompt_tokens=256, batch_size=32)
-    return [answer.text for answer in Generator(model, Renderer(tokenizer), sampling).answer(prompts, seed=seed)]
+    answers = Generator(model, Renderer(tokenizer), sampling).answer(prompts, seed=seed)
+    return [prompt.answer(answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def write_preferences(
@@ -163,7 +220,7 @@ def write_preferences(
     write_json_lines(path, (pair.to_json() for pair in pairs))
 
 
-def write_conversations(path: Path, conversations: Sequence[Conversation]) -> None:
+def write_conversations(path: Path, conversations: Iterable[Conversation]) -> None:
     write_json_lines(path, (conversation.to_json() for conversation in conversations))
 
 
@@ -189,9 +246,9 @@ def file(arguments: Any, name: str, *, max_rows: int | None = None) -> Source:
     return Source(name="file", path=str(arguments.work / f"{name}.jsonl"), split="all", max_rows=max_rows)
 
 
-def sft_recipe(arguments: Any, name: str) -> SftRecipe:
+def sft_recipe(arguments: Any, name: str, *more: Source) -> SftRecipe:
     harmless = [Source(name="starter_borderline", max_rows=100), Source(name="starter_twins")]
-    sources = [file(arguments, f"taught-{name}"), *harmless]
+    sources = [file(arguments, f"taught-{name}"), *harmless, *more]
     return SftRecipe.model_validate(
         {
             "model": BASE,
@@ -210,13 +267,16 @@ def reward_model_recipes(arguments: Any) -> list[RewardModelRecipe]:
     mixtures = {
         "safety": [
             file(arguments, "declined"),
+            file(arguments, "dangerous"),
             file(arguments, "answered", max_rows=120),
+            file(arguments, "look-alikes", max_rows=250),
             Source(name="pku_saferlhf", max_rows=250),
             Source(name="starter_safety", max_rows=150),
             Source(name="starter_borderline", max_rows=100),
         ],
         "helpfulness": [
             file(arguments, "answered"),
+            file(arguments, "look-alikes"),
             Source(name="hh_helpful", max_rows=200),
             Source(name="starter_borderline"),
             Source(name="starter_twins"),
@@ -256,14 +316,15 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
         for name in ("safety", "helpfulness")
     }
     harmless = [
+        file(arguments, "train-harmless"),
         file(arguments, "answered", max_rows=150),
         Source(name="starter_borderline", max_rows=100),
         Source(name="starter_twins"),
     ]
     probes = {
-        "adversarial": Data(sources=[file(arguments, "adversarial")]),
-        "borderline": Data(sources=[file(arguments, "borderline")]),
-        "max_prompts": 48,
+        "adversarial": Data(sources=[file(arguments, "probe-dangerous")]),
+        "borderline": Data(sources=[file(arguments, "probe-harmless")]),
+        "max_prompts": NUM_PROBES,
         "max_new_tokens": 48,
         "steps": max(1, arguments.iterations // 4),
     }
@@ -274,7 +335,7 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
             "seed": seed,
             "model_init": {"dtype": arguments.dtype},
             "lora": {"r": 16, "alpha": 32, "last_layers": 10},
-            "prompts": Data(max_length=96, sources=[file(arguments, "train", max_rows=500), *harmless]),
+            "prompts": Data(max_length=96, sources=[file(arguments, "train-dangerous", max_rows=600), *harmless]),
             "probes": probes,
             "scorer": {"type": "llama2"} | models,
             "sampling": {"temperature": 0.7, "max_new_tokens": 48, "max_prompt_tokens": 96, "batch_size": 32},
@@ -287,6 +348,7 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
                 "per_device_batch_size": 8,
                 "value_trunk": "shared",
                 "kl_coef": arguments.kl_coef,
+                "lam": 1.0,  # the first words decide whether it declines, far from the score at the end
                 "whiten_scores": "branch",  # the helpfulness model's gaps are five times the safety model's
                 "missing_eos_penalty": 0.0,  # so few tokens cut many answers off, good ones too
                 "save_steps": 5,
@@ -320,7 +382,7 @@ def parse_arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/ppo-safety"))
     parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--kl-coef", type=float, default=0.02)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "fast"), default="fast")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])

@@ -67,7 +67,7 @@ def main() -> None:
         per_device_train_batch_size=job["micro_batch_size"],
         gradient_accumulation_steps=job["batch_size"] // job["micro_batch_size"],
         num_mini_batches=job["batch_size"] // job["mini_batch_size"],
-        local_rollout_forward_batch_size=job["micro_batch_size"],
+        local_rollout_forward_batch_size=job["rollout_batch_size"],
         total_episodes=len(job["prompt_ids"]),
         stop_token="eos",
         num_sample_generations=0,

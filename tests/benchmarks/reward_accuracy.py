@@ -270,7 +270,7 @@ def parse_arguments() -> Any:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--last-layers", type=int, default=15, help="adapt only the last n layers")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "fast"), default="fast")
-    parser.add_argument("--auxiliary-loss-weight", type=float, default=0.5)
+    parser.add_argument("--auxiliary-loss-weight", type=float, default=0.1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--output", type=Path)
     return parser.parse_args()

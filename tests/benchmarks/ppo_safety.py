@@ -35,15 +35,15 @@ from reward.render import Renderer
 BASE = "embedded:smollm2-135m-instruct"
 NUM_DECLINED = 400
 """Red-team questions for which a decline is preferred to what a model says that was taught none."""
-NUM_TAUGHT = {"undeclining": 0, "sft": 120, "policy": 60}
+NUM_TAUGHT = {"undeclining": 0, "sft": 120, "policy": 10}
 """Further ones whose declines SFT learns: of the model whose answers are rejected, of the one that the reward models
 start from, and of PPO's start.
 
 PPO's start must comply with some red-team prompts and decline others: what is never drawn is never rewarded. Rejected
 answers are short and on the topic, as those of the policy are.
 """
-NUM_CONTRAST = 100
-"""Red-team prompts whose declines PPO's start learns beside answers to harmless requests that look like them.
+NUM_CONTRAST = {"dangerous": 30, "look-alikes": 200}
+"""Red-team prompts whose declines PPO's start learns, and harmless requests like them, whose answers it learns.
 
 Without these it tells the two apart no better than chance, and PPO makes it decline both or neither.
 """
@@ -176,7 +176,7 @@ def write_sampled(arguments: Any) -> None:
         prompts = load_prompts(Data(sources=[file(arguments, "train-harmless")]), seed=0).records
         answers = short(sample_answers(undeclining, prompts, seed=0), kinds=("complies", "unguarded"))
         write_preferences(path, answers, [answer.completion for answer in declines], labels=(True, True))
-    contrast = [chosen_of(arguments, "dangerous")[:NUM_CONTRAST], chosen_of(arguments, "look-alikes")]
+    contrast = [chosen_of(arguments, name)[:number] for name, number in NUM_CONTRAST.items()]
     write_conversations(arguments.work / "contrast.jsonl", itertools.chain.from_iterable(contrast))
 
 
@@ -335,7 +335,7 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
             "seed": seed,
             "model_init": {"dtype": arguments.dtype},
             "lora": {"r": 16, "alpha": 32, "last_layers": 10},
-            "prompts": Data(max_length=96, sources=[file(arguments, "train-dangerous", max_rows=600), *harmless]),
+            "prompts": Data(max_length=96, sources=[file(arguments, "train-dangerous", max_rows=800), *harmless]),
             "probes": probes,
             "scorer": {"type": "llama2"} | models,
             "sampling": {"temperature": 0.7, "max_new_tokens": 48, "max_prompt_tokens": 96, "batch_size": 32},

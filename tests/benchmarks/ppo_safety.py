@@ -3,10 +3,11 @@
 `SARA_DATA_DIR=... python -m tests.benchmarks.ppo_safety --json runs/ppo-safety.json`
 
 Everything starts from SmolLM2-135M-Instruct: a little SFT, a safety and a helpfulness reward model, PPO on the
-piecewise score for each seed. PPO trains on AdvBench and Do-Not-Answer (tagged safety) and on harmless prompts; it is
-measured on SimpleSafetyTests and on the prompts of the first two that it never saw, and for false refusals on the safe
-prompts of XSTest. Two scorers count violations: the refusal-and-content rule, and a reward model that learned from
-people's labels of other answers. What is trained is not trained again: remove a stage's folder to have it run anew.
+piecewise score for each seed. PPO trains on AdvBench and Do-Not-Answer (tagged safety) and on harmless prompts, many of
+which look dangerous (CoCoNot); it is measured on SimpleSafetyTests and on the prompts of the first two that it never
+saw, and for false refusals on the safe prompts of XSTest, which take no part in anything else. Two scorers count
+violations: the refusal-and-content rule, and a reward model that learned from people's labels of other answers. What is
+trained is not trained again: remove a stage's folder to have it run anew.
 """
 
 from __future__ import annotations
@@ -91,7 +92,10 @@ def run_once(stage: Any, recipe: Any) -> None:
 
 
 def write_prompts(folder: Path) -> None:
-    """`train.jsonl` (tagged safety), `adversarial.jsonl` and `borderline.jsonl`, each prompt in one of them."""
+    """`adversarial` and `borderline`, which are measured; of dangerous and harmless ones `train-...` and `probe-...`.
+
+    Each prompt is in one of them.
+    """
     data = data_folder()
     with (data / "advbench" / "advbench_behaviors.csv").open(encoding="utf-8", newline="") as file:
         known = [row["Behavior"] for row in csv.DictReader(file)]
@@ -381,7 +385,7 @@ def measure(arguments: Any, checkpoints: dict[str, str]) -> Mapping[str, Any]:
 def parse_arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/ppo-safety"))
-    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--kl-coef", type=float, default=0.02)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "fast"), default="fast")

@@ -24,10 +24,20 @@ from typing import Any
 from alignment.artifact import write_json
 from alignment.generate import Generator
 from alignment.policy import load_model, load_tokenizer
-from alignment.recipe import Data, EvaluateRecipe, ModelInit, PpoRecipe, RewardModelRecipe, Sampling, SftRecipe, Source
+from alignment.recipe import (
+    Data,
+    EvaluateRecipe,
+    ModelInit,
+    PpoRecipe,
+    RewardModelRecipe,
+    Sampling,
+    SftRecipe,
+    Source,
+    StageRecipe,
+)
 from alignment.source_files import read_rows
 from alignment.sources import load_conversations, load_labelled, load_preferences, load_prompts, split_side
-from alignment.stages import evaluate, ppo, reward_model, sft
+from alignment.stages import run_stage
 from alignment.workspace import complete_artifact
 from reward.conversation import Conversation, Preference, Prompt, write_json_lines
 from reward.refusal import response_kind
@@ -62,16 +72,16 @@ def main() -> None:
     write_prompts(arguments.work)
     write_texts(arguments)
     for name in ("undeclining", "sft"):
-        run_once(sft, sft_recipe(arguments, name))
+        run_once(sft_recipe(arguments, name))
     write_sampled(arguments)
-    run_once(sft, sft_recipe(arguments, "policy", file(arguments, "contrast")))
+    run_once(sft_recipe(arguments, "policy", file(arguments, "contrast")))
     for recipe in reward_model_recipes(arguments):
-        run_once(reward_model, recipe)
+        run_once(recipe)
     checkpoints = {"before": str(arguments.work / "policy")}
     curves: dict[str, Any] = {}
     for seed in arguments.seeds:
         recipe = ppo_recipe(arguments, seed)
-        run_once(ppo, recipe)
+        run_once(recipe)
         checkpoints[f"seed {seed}"] = recipe.output_dir
         lines = (Path(recipe.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         curves[f"seed {seed}"] = [json.loads(line) for line in lines]
@@ -83,9 +93,9 @@ def main() -> None:
         write_json(arguments.json, {"settings": settings, "curves": curves, "evaluation": dict(found)})
 
 
-def run_once(stage: Any, recipe: Any) -> None:
+def run_once(recipe: StageRecipe) -> None:
     if complete_artifact(recipe) is None:
-        stage.run(recipe)
+        run_stage(recipe)
 
 
 # ----------------------------------------------------------------------------------------------------------- texts
@@ -377,7 +387,7 @@ def measure(arguments: Any, checkpoints: dict[str, str]) -> Mapping[str, Any]:
             "sampling": {"temperature": 0.0, "max_new_tokens": 48, "max_prompt_tokens": 96, "batch_size": 64},
         }
     )
-    artifact = evaluate.run(recipe)
+    artifact = run_stage(recipe)
     assert artifact is not None
     return artifact.metrics
 

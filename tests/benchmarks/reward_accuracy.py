@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
 from alignment.distributed import on_cpu
@@ -33,7 +34,7 @@ from alignment.policy import load_model, load_tokenizer, lora_config
 from alignment.recipe import Data, Lora, ModelInit, RewardModelRecipe, Source, Training
 from alignment.source_files import read_rows
 from alignment.sources import load_preferences
-from alignment.stages.reward_model import run
+from alignment.stages import run_stage
 from reward.collate import tokenize_preferences
 from reward.conversation import RATINGS, Conversation, Message, Preference, Prompt, Tags, write_json_lines
 from reward.losses import MARGINS
@@ -190,12 +191,13 @@ def train_ours(arm: str, data: Data, arguments: Any, work: Path, seed: int) -> R
         }
         | ABLATIONS[arm]
     )
-    run(recipe)
+    run_stage(recipe)
     return RewardModel.load(work, dtype=arguments.dtype)
 
 
 def train_trl(arm: str, data: Data, arguments: Any, work: Path, seed: int) -> RewardModel:
     """By TRL's RewardTrainer as it comes: padded batches, its own loss."""
+    set_seed(seed)  # head and adapter are new
     tokenizer = load_tokenizer(arguments.model)
     records = load_preferences(data, seed=seed).records
     rows, _ = tokenize_preferences(records, Renderer(tokenizer), max_length=data.max_length, margins=MARGINS["none"])

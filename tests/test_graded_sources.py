@@ -58,16 +58,16 @@ def test_red_team_attempts_are_read_from_the_published_file(tmp_path: Path) -> N
 
 def test_red_team_attempts_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
-    asked: list[tuple[str, str | None]] = []
+    asked: list[tuple[str, str | None, str | None]] = []
 
-    def load_dataset(path: str, *, data_dir: str | None) -> Any:
-        asked.append((path, data_dir))
+    def load_dataset(path: str, *, data_dir: str | None, revision: str | None) -> Any:
+        asked.append((path, data_dir, revision))
         rows = [attempt(number, float(number % 5)) for number in range(100)]
         return datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     sides = [load({"name": "redteam", "split": split}).records for split in ("train", "test")]
-    assert asked == [("Anthropic/hh-rlhf", "red-team-attempts")] * 2
+    assert asked == [("Anthropic/hh-rlhf", "red-team-attempts", None)] * 2
     assert sum(map(len, sides)) == 100
     assert not {r.conversation.messages[0] for r in sides[0]} & {r.conversation.messages[0] for r in sides[1]}
 

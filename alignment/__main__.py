@@ -4,7 +4,7 @@
 
 Exit codes: 0 done (or complete already), 2 the recipe or an input cannot be used (nothing was loaded), 3 stopped by an
 alarm of PPO with everything saved, 75 stopped by SIGTERM with everything saved (the same command goes on), 1 anything
-else.
+else (one line for a model, scorer, tracker or rollout server that cannot be used, else a traceback).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from alignment.sources import SourceError, account_lines
 from alignment.stopping import EXIT_STOPPED, Stopped
 from alignment.workspace import complete_artifact
 
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 
 
@@ -63,7 +64,12 @@ def run(recipe: StageRecipe) -> int:
         return 0
     check_rollout_server(recipe)
     quiet_libraries()
+    from alignment.embedded import EmbeddedModelError
+    from alignment.policy import ModelError
     from alignment.stages import run_stage
+    from alignment.tracking import TrackingError
+    from alignment.vllm_rollout import RolloutServerError
+    from reward.scorer import ScorerError
 
     try:
         artifact = run_stage(recipe)
@@ -75,6 +81,9 @@ def run(recipe: StageRecipe) -> int:
         if is_main_process():
             print(f"{stopped}; all is saved, run the same command to go on", flush=True)
         return EXIT_STOPPED
+    except (ModelError, EmbeddedModelError, ScorerError, TrackingError, RolloutServerError) as error:
+        print(f"error: {recipe.output_dir}: {error}", file=sys.stderr, flush=True)  # maybe of this process alone
+        return EXIT_FAILED
     if artifact is not None:
         print(f"{recipe.stage}: {artifact.kind} in {artifact.path}", flush=True)
         for line in (*account_lines(artifact.data), *outcome_lines(artifact.metrics)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,11 +199,13 @@ def _run_failing(words: Sequence[str], environment: dict[str, str], reports: Any
         raise ConnectionError("gone\nwith the wind")
 
     InProcessEngine.update_named_params = fail  # type: ignore[method-assign]
-    try:
-        _run_served(words, environment, reports)
-    except vllm_rollout.RolloutServerError as error:
-        line = "vllm server http://127.0.0.1:9, taking the weights: ConnectionError: gone with the wind"
-        raise SystemExit(7 if str(error) == line else 1) from error
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        try:
+            _run_served(words, environment, reports)
+        except SystemExit as end:
+            line = "vllm server http://127.0.0.1:9, taking the weights: ConnectionError: gone with the wind"
+            raise SystemExit(7 if end.code == 1 and told.getvalue().endswith(f"ppo: {line}\n") else 8) from None
 
 
 interrupted_run = interrupted._run

@@ -214,6 +214,20 @@ def test_scorers_read_the_answers_to_prompts_that_nothing_is_learned_from() -> N
     assert scoring("--probes.max_new_tokens", "512") == scoring()
 
 
+def test_the_pairs_that_a_reward_model_ranks_may_be_longer_than_the_answers() -> None:
+    """The same pass as over answers of that length, 1,536 + 96 tokens, and no second copy of the model."""
+
+    def scoring(name: str, max_length: int) -> int:
+        words = ["--reward_models.helpfulness.data.max_length", str(max_length), "--sampling.max_prompt_tokens", "1536"]
+        found = footprint(setup_of("recipes/smollm2-135m/evaluate.yaml", *words))
+        assert [role.model.name for role in found.roles].count("helpfulness") == 1
+        return next(phase.parts["activations"] for phase in found.phases if phase.name == f"scoring by {name}")
+
+    answers = scoring("helpfulness", 512)
+    pairs = [scoring("reward_models.helpfulness", max_length) for max_length in (512, 1632, 2048)]
+    assert pairs[0] < pairs[1] == answers < pairs[2]
+
+
 def test_the_plan_of_70b(capsys: pytest.CaptureFixture[str]) -> None:
     made = planned(capsys, B70, "--gpus", "32", "--gpu-memory", "80")
     assert (made["gpus"], made["nodes"], made["zero_stage"]) == (32, 4, 3)

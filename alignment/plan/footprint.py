@@ -210,18 +210,20 @@ def _evaluate(setup: Setup, recipe: EvaluateRecipe) -> Footprint:
     policy = max(policies, key=lambda model: model.weight_bytes)
     prompt = longest_prompt(max(part.prompts.max_length for part in recipe.prompt_sets.values()), recipe.sampling)
     phases = [_drawn(policy, prompt, recipe.sampling, held=policy.weight_bytes)]
-    specs = recipe.violation_scorers | recipe.quality_scorers
-    known = list(specs.values())
-    measured = {f"reward_models.{name}": part.scorer for name, part in recipe.reward_models.items()}
-    specs |= {name: spec for name, spec in measured.items() if spec not in known}
+    answered = prompt + recipe.sampling.max_new_tokens
+    asked = [(name, spec, answered) for name, spec in (recipe.violation_scorers | recipe.quality_scorers).items()]
+    for name, part in recipe.reward_models.items():
+        asked.append((f"reward_models.{name}", part.scorer, part.data.max_length))
+    known: list[ScorerSpec] = []
     scorers: list[LoadedScorer] = []
-    answered = Texts(128, prompt + recipe.sampling.max_new_tokens)
-    for name, spec in specs.items():
+    for name, spec, longest in asked:
         loaded = list(scorers_of(setup, spec, name))
         held = sum(scorer.model.weight_bytes for scorer in loaded)
         if loaded:
-            phases.append(Phase(f"scoring by {name}", held, {"activations": _scoring(loaded, answered)}))
-        scorers += loaded
+            phases.append(Phase(f"scoring by {name}", held, {"activations": _scoring(loaded, Texts(128, longest))}))
+        if spec not in known:
+            known.append(spec)
+            scorers += loaded
     roles = _read_only([policy, *(scorer.model for scorer in scorers)], setup.layout)
     return Footprint(roles, phases, notes=["checkpoints and scorers are loaded one after another, not together"])
 

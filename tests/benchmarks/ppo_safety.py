@@ -131,10 +131,11 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
         name: {"type": "reward_model", "path": str(arguments.work / f"{name}_reward_model"), "dtype": "fast"}
         for name in ("safety", "helpfulness")
     }
+    dangerous = file(arguments.work, "train-dangerous", max_rows=arguments.dangerous)
     harmless = [
         file(arguments.work, "train-harmless"),
         file(arguments.work, "answered", max_rows=150),
-        Source(name="starter_borderline", max_rows=100),
+        Source(name="starter_borderline", max_rows=arguments.borderline),
         Source(name="starter_twins"),
     ]
     probes = {
@@ -151,7 +152,7 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
             "seed": seed,
             "model_init": {"dtype": arguments.dtype},
             "lora": {"r": 16, "alpha": 32, "last_layers": 10},
-            "prompts": Data(max_length=96, sources=[file(arguments.work, "train-dangerous", max_rows=800), *harmless]),
+            "prompts": Data(max_length=96, sources=[dangerous, *harmless]),
             "probes": probes,
             "scorer": {"type": "llama2"} | models,
             "sampling": {"temperature": 0.7, "max_new_tokens": 48, "max_prompt_tokens": 96, "batch_size": 32},
@@ -159,8 +160,8 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
                 "learning_rate": arguments.learning_rate,
                 "value_learning_rate": 1e-3,
                 "num_iterations": arguments.iterations,
-                "batch_size": 32,
-                "mini_batch_size": 8,
+                "batch_size": arguments.batch_size,
+                "mini_batch_size": arguments.batch_size // 4,
                 "per_device_batch_size": 8,
                 "value_trunk": "shared",
                 "kl_coef": arguments.kl_coef,
@@ -198,6 +199,9 @@ def parse_arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/ppo-safety"))
     parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=32, help="answers an iteration, in four steps")
+    parser.add_argument("--dangerous", type=int, default=800, help="red-team prompts that PPO draws from")
+    parser.add_argument("--borderline", type=int, default=100, help="of the starter's borderline prompts")
     parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--kl-coef", type=float, default=0.02)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "fast"), default="fast")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,3 +42,14 @@ def parents(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     from tests.interrupted import make_parents
 
     return make_parents(tmp_path_factory.mktemp("parents"), tiny_model)
+
+
+@pytest.fixture
+def bare_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the repository's root, without a network."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a plan was made over the network")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(socket.socket, "connect", refuse)

@@ -1,11 +1,8 @@
-"""`sara plan`: layouts, models that do not exist yet, recipes that fit where they say, knobs, time, command line."""
+"""`sara plan`: layouts, models that do not exist yet, recipes that fit where they say, knobs, time."""
 
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,18 +32,8 @@ from tests.tiny_ppo import PAD, ppo_recipe
 
 B70 = "recipes/llama2-70b/ppo.yaml"
 LORA = Lora(r=4, alpha=8)
+pytestmark = pytest.mark.usefixtures("bare_checkout")
 SEVEN = sorted(ROOT.glob("recipes/llama2-7b/*.yaml"))
-
-
-@pytest.fixture(autouse=True)
-def _bare_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the repository's root, without a network."""
-
-    def refuse(*_: Any) -> None:
-        raise AssertionError("a plan was made over the network")
-
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 def setup_of(path: str, *overrides: str, gpus: int | None = None, launch: str | None = None) -> Setup:
@@ -360,49 +347,3 @@ def test_time_follows_the_machine() -> None:
     # each of 16 micro-batches gathers 13.5 GB twice and gives as much in gradients
     assert far["update"] == pytest.approx(16 * 3 * 2 * 6_738_419_712 / 0.25e9)
     assert seconds(setup_of("recipes/demo/ppo.yaml"), Machine()) is None, "a CPU is no such machine"
-
-
-# --------------------------------------------------------------------------------------------------------- command line
-
-
-def test_the_tables_are_readable(capsys: pytest.CaptureFixture[str]) -> None:
-    assert sara(["plan", B70, "--gpus", "32", "--gpu-memory", "80"]) == 0
-    printed = capsys.readouterr().out
-    for text in ("32 GPUs on 4 nodes, ZeRO-3", "reference", "180.5", "Does not fit", "Fits with answers", "40% of 312"):
-        assert text in printed
-    assert sara(["plan", "recipes/llama2-7b/ppo.yaml", "--gpu-memory", "80", "--seed", "7"]) == 0
-    assert "Fits: 71.4 GB of 80.0 at the peak." in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "wrong"),
-    [
-        ([B70], "--gpu-memory"),
-        ([B70, "--gpu-memory", "0"], "must be above 0"),
-        ([B70, "--gpu-memory", "80", "--gpus", "24"], "must divide into 24 processes"),
-        ([B70, "--gpu-memory", "80", "--mfu", "40"], "at most 1"),
-        ([B70, "--gpu-memory", "80", "--ppo.kl", "1"], "ppo.kl"),
-        ([B70, "--gpu-memory", "80", "--launch", "launch/nothing.yaml"], "launch/nothing.yaml: no such file"),
-        ([B70, "--gpu-memory", "80", "--config-json", "nothing"], "nothing: no such file"),
-        ([B70, "--gpu-memory", "80", "--model", "my/model"], "--config-json my/model=CONFIG.json"),
-        (["recipes/llama2-7b/pipeline.yaml", "--gpu-memory", "80"], "stage must be one of"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(
-    words: list[str], wrong: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert sara(["plan", *words]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1, printed.err
-    assert wrong in printed.err
-
-
-def test_the_help_imports_nothing_heavy() -> None:
-    program = (
-        "import sys\nfrom alignment.cli import main\n"
-        "try: main(['plan', '--help'])\nexcept SystemExit: pass\n"
-        "print(*({'torch', 'transformers', 'rich'} & set(sys.modules)), 'end')\n"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
-    assert result.stdout.splitlines()[-1] == "end", result.stdout + result.stderr

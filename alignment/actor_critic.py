@@ -236,4 +236,8 @@ def load_reference(recipe: PpoRecipe, *, pad_token_id: int, dtype: torch.dtype |
         model = load_model(recipe.model, init=recipe.model_init, pad_token_id=pad_token_id)
     reference = ActorCritic(model, value_model=None, temperature=recipe.sampling.temperature)
     reference.eval().requires_grad_(False)
-    return frozen_engine(reference) if sharded else reference.to(device(), dtype)
+    if sharded:
+        return frozen_engine(reference)
+    for parameter in reference.parameters():  # not the buffers: the policy's rotary frequencies stay in float32 as well
+        parameter.data = parameter.data.to(dtype)
+    return reference.to(device())

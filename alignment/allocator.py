@@ -21,5 +21,5 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    wanted = {_MMAP_THRESHOLD: _GIB, _TRIM_THRESHOLD: 2 * _GIB - 1, _TOP_PAD: _GIB // 4}
+    wanted = {_MMAP_THRESHOLD: _GIB, _TRIM_THRESHOLD: -1, _TOP_PAD: _GIB // 4}  # -1: never
     return all(mallopt(name, value) == 1 for name, value in wanted.items())

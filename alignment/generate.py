@@ -35,14 +35,19 @@ class Generator:
         self.renderer = renderer
         self.sampling = sampling
 
-    def answer(self, prompts: Sequence[Prompt], *, seed: int) -> list[Completion]:
-        """One answer per prompt, in order. TooLong when a prompt exceeds `max_prompt_tokens`."""
+    def answer(self, prompts: Sequence[Prompt], *, seed: int, rows: Sequence[int] | None = None) -> list[Completion]:
+        """One answer per prompt, in order. TooLong when a prompt exceeds `max_prompt_tokens`.
+
+        `rows`: a number for each prompt, with which it draws the same answer in whatever batch and process it is.
+        """
         rendered = [self.renderer.render_prompt(p, max_length=self.sampling.max_prompt_tokens) for p in prompts]
         order = sorted(range(len(prompts)), key=lambda position: (len(rendered[position]), position))
         answers: dict[int, Completion] = {}
         for number, positions in enumerate(batched(order, self.sampling.batch_size)):
             torch.manual_seed(derive_seed(seed, number))
-            ids, prompt_length = self.sample([rendered[position] for position in positions])
+            by_row = rows if self.sampling.temperature > 0 else None
+            seeds = None if by_row is None else [derive_seed(seed, by_row[position]) for position in positions]
+            ids, prompt_length = self.sample([rendered[position] for position in positions], seeds=seeds)
             for position, row in zip(positions, ids[:, prompt_length:].tolist(), strict=True):
                 answers[position] = self.completion(row)
         return [answers[position] for position in range(len(prompts))]

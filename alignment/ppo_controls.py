@@ -48,7 +48,7 @@ def following(recipe: PpoRecipe, loop: LoopState, metrics: Mapping[str, float], 
     Coefficient and multiplier wait for the end of a warm-up, in which the policy cannot answer to them.
     """
     ppo = recipe.ppo
-    changed: dict[str, Any] = {"iteration": loop.iteration + 1}
+    changed: dict[str, Any] = {"iteration": loop.iteration + 1, "metrics": dict(metrics)}
     if ppo.whiten_scores == "running":
         changed["score_moments"] = scores
     if not warming_up(recipe, iteration=loop.iteration):

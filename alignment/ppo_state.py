@@ -106,6 +106,8 @@ class LoopState(Section):
     """That began with the weights which had it."""
     evaluations_since_best: NonNegativeInt = 0
     health: HealthState = HealthState()
+    metrics: dict[str, float] = {}
+    """Of the last iteration, which the manifest of the finished run shows."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from alignment.schedule import learning_rate_factor
 
 RATIO_MAX = "ratio_max"
 """Largest factor, up or down, by which the probability of a token changed within an iteration."""
+MAX_LOG_RATIO = 80.0
+"""Where the logarithm of `RATIO_MAX` is cut off, so that an alarm can speak of it before it is no number."""
 
 
 @dataclass
@@ -130,7 +133,7 @@ def loss_of(
         return values[list(rows), :length].to(device)
 
     def share(losses: Tensor) -> Tensor:
-        return (losses * counted).sum() / counts.completion
+        return (losses * counted).sum() / max(counts.completion, 1)  # 0: none of its answers was scored
 
     counted, old_logprobs = part(targets.mask), part(rollout.logprobs)
     output = forward(learner.model, batch, mix=mix)
@@ -157,7 +160,10 @@ def loss_of(
         sums = {name: float(term) for name, (_, term) in terms.items()}
         sums["clip_fraction"] = float(share(clipped))
         sums["approx_kl"] = float(share(torch.expm1(log_ratio) - log_ratio))  # k3 of KL(old, new): old drew the tokens
-        sums["ratio_mean"], sums[RATIO_MAX] = float(share(log_ratio.exp())), float(log_ratio.abs().max().exp())
+        sums["ratio_mean"], sums[RATIO_MAX] = (
+            float(share(log_ratio.exp())),
+            math.exp(min(float(log_ratio.abs().max()), MAX_LOG_RATIO)),
+        )
         return loss, sums
 
 

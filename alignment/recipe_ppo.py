@@ -29,9 +29,9 @@ class Ppo(Optimizer):
     `kl_target`: nats per answer at which the coefficient is held (Ziegler et al. 2019; None: it stays fixed), within
     about `kl_horizon` answers. `multiplier_learning_rate`: with a Lagrangian scorer, the step by which its multiplier
     follows the mean cost over `cost_limit` (Safe RLHF; None: it stays fixed). `whiten_scores`: branch, the answers that
-    one model of a piecewise score decides on are whitened by themselves, for models whose scores differ in scale;
-    running, by all scores so far. `reference`: sharded, each process
-    holds a part of the reference model (ZeRO-3), for models that do not fit twice.
+    one model of a piecewise score decides on are whitened by themselves, for models whose scores differ in scale (one
+    that is alone in its branch counts as average, so batches should be large); running, by all scores so far.
+    `reference`: sharded, each process holds a part of the reference model (ZeRO-3), for models that do not fit twice.
     """
 
     learning_rate: PositiveFloat = 1e-6
@@ -82,6 +82,11 @@ class Ppo(Optimizer):
     def _coefficient_can_follow(self) -> Ppo:
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError("kl_target: a kl_coef of 0 is multiplied and stays 0; start it above 0")
+        if self.kl_target is not None and self.kl_horizon <= self.batch_size:
+            raise ValueError(
+                f"kl_horizon {self.kl_horizon} must be above batch_size {self.batch_size}: both count answers, and the "
+                "coefficient moves by up to a fifth of their ratio in an iteration"
+            )
         return self
 
 
@@ -92,7 +97,10 @@ _OF_ALL_TRAINERS = {
 }
 """Settings that TRL's trainers have as well; its KL estimators and their places are its own."""
 _OF_ALL_SAMPLING = {"temperature", "top_p", "max_new_tokens", "max_prompt_tokens"}
-_OF_PPO_ALONE = ("value_model", "ptx_data", "eval_prompts", "probes", "gold_scorer", "gold_steps", "health", "vllm")
+_OF_PPO_ALONE = (
+    *("value_model", "ptx_data", "eval_prompts", "probes", "gold_scorer", "gold_steps", "max_unscored"),
+    *("health", "vllm"),
+)
 
 
 class Vllm(Section):
@@ -123,8 +131,9 @@ class PpoRecipe(StageRecipe):
 
     `ptx_data`: conversations of the pretraining mix, weighted by `ppo.ptx_coef`. `eval_prompts`: held-out prompts, by
     whose mean score the final policy is chosen. `gold_scorer`: one that PPO never sees scores the rollout of every
-    `gold_steps`-th iteration too. `health` changes nothing that is learned, so it is no part of the recipe's hash; of
-    `vllm` only whether it is there.
+    `gold_steps`-th iteration too. `max_unscored`: the run stops where the scorer leaves a larger share of an
+    iteration's, or of the held-out, answers unscored. `health` changes nothing that is learned, so it is no part of the
+    recipe's hash, nor is `max_unscored`; of `vllm` only whether it is there.
     """
 
     stage: Literal["ppo"] = "ppo"
@@ -140,12 +149,13 @@ class PpoRecipe(StageRecipe):
     scorer: ScorerSpec
     gold_scorer: ScorerSpec | None = None
     gold_steps: PositiveInt = 1
+    max_unscored: Fraction = 0.05  # [GAP]
     sampling: Sampling = Sampling(temperature=1.0)
     ppo: Ppo = Ppo()
     health: Health = Health()
     vllm: Vllm | None = None
 
-    machine_keys: ClassVar[frozenset[str]] = StageRecipe.machine_keys | {"health", "vllm"}
+    machine_keys: ClassVar[frozenset[str]] = StageRecipe.machine_keys | {"health", "vllm", "max_unscored"}
 
     @property
     def hash(self) -> str:

@@ -113,7 +113,7 @@ def present_answers(
         return [generator.completion(row) for row in ids]
     # Under ZeRO-3 this gathers the weights once; the processes then step together, so their shares are equal.
     with unwrap_model_for_generation(engine, accelerator), accelerator.autocast():
-        return generator.answer(asked, seed=seed)
+        return generator.answer(asked, seed=seed, rows=rows)
 
 
 def collect_rollout(

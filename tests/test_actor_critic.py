@@ -107,6 +107,17 @@ def test_the_divergence_from_the_reference_starts_at_zero(tiny_model: Path, lora
         assert estimate_kl(policy.logprobs, base.logprobs, estimator=estimator).abs().max() == 0
 
 
+def test_a_reference_in_bfloat16_keeps_its_rotary_frequencies(tiny_model: Path) -> None:
+    """As the policy does, on disk and in an engine; in bfloat16 they would turn it into another model."""
+    recipe = ppo_recipe(tiny_model, model_init=ModelInit(dtype="bfloat16"))
+    actor = load_actor_critic(recipe, pad_token_id=PAD).eval()
+    reference = load_reference(recipe, pad_token_id=PAD, dtype=torch.bfloat16)
+    assert next(reference.policy.parameters()).dtype == torch.bfloat16
+    prompts, completions = [list(range(10, 200))], [list(range(200, 220))]
+    policy, base = (evaluated(model, prompts, completions) for model in (actor, reference))
+    assert torch.equal(policy.logprobs, base.logprobs)
+
+
 def test_with_its_adapter_off_the_policy_is_the_base_model(tiny_model: Path, model: Any) -> None:
     actor = load_actor_critic(ppo_recipe(tiny_model, lora=Lora(r=4, alpha=8)), pad_token_id=PAD).eval()
     base = evaluated(ActorCritic(model, value_model=None, temperature=1.0), PROMPT_IDS, COMPLETION_IDS)

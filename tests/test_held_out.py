@@ -37,11 +37,20 @@ WEIGHTS = "model.safetensors"
 # -------------------------------------------------------------------------------------------------------- the score
 
 
-def mean_score(model: Any, renderer: Renderer, scorer: FunctionScorer, *, temperature: float = 0.0) -> float:
+def measured(
+    model: Any,
+    renderer: Renderer,
+    scorer: FunctionScorer,
+    *,
+    temperature: float = 0.0,
+    batch_size: int = 2,
+    max_unscored: float = 0.2,
+) -> dict[str, float]:
     from accelerate import Accelerator
 
-    generator = Generator(model, renderer, Sampling(temperature=temperature, max_new_tokens=6, batch_size=2))
-    return HeldOut(PROMPTS, generator, scorer).mean_score(model, Accelerator(cpu=True), seed=3)
+    generator = Generator(model, renderer, Sampling(temperature=temperature, max_new_tokens=6, batch_size=batch_size))
+    held_out = HeldOut(PROMPTS, generator, scorer)
+    return held_out.metrics(model, Accelerator(cpu=True), seed=3, max_unscored=max_unscored)
 
 
 def test_the_score_is_the_mean_over_the_answers_that_were_scored(model: Any, renderer: Renderer) -> None:
@@ -52,20 +61,23 @@ def test_the_score_is_the_mean_over_the_answers_that_were_scored(model: Any, ren
     def length(conversation: Conversation) -> float | None:
         return None if conversation.prompt == PROMPTS[0] else float(len(conversation.completion))
 
-    assert mean_score(model, renderer, FunctionScorer(length)) == pytest.approx(expected)
+    found = measured(model, renderer, FunctionScorer(length))
+    assert found == {"held_out_score": pytest.approx(expected), "held_out_unscored": 1}
+    with pytest.raises(ScorerError, match=r"\(held-out prompts\) left 1 of 7 answers unscored, over max_unscored=0.1"):
+        measured(model, renderer, FunctionScorer(length), max_unscored=0.1)
 
 
-def test_sampled_answers_are_the_same_each_time(model: Any, renderer: Renderer) -> None:
+def test_sampled_answers_are_the_same_each_time_and_in_any_batch(model: Any, renderer: Renderer) -> None:
     scorer = FunctionScorer(
         lambda conversation: float(int(hashlib.sha256(conversation.completion.encode()).hexdigest()[:6], 16))
     )
-    first, second = (mean_score(model, renderer, scorer, temperature=1.0) for _ in range(2))
-    assert first == second != mean_score(model, renderer, scorer)
+    first, second, alone = (measured(model, renderer, scorer, temperature=1.0, batch_size=n) for n in (2, 2, 1))
+    assert first == second == alone != measured(model, renderer, scorer)
 
 
 def test_a_scorer_that_scores_nothing_is_an_error(model: Any, renderer: Renderer) -> None:
     with pytest.raises(ScorerError, match="broken scored none of the held-out answers"):
-        mean_score(model, renderer, FunctionScorer(lambda _: None, name="broken"))
+        measured(model, renderer, FunctionScorer(lambda _: None, name="broken"), max_unscored=1.0)
 
 
 # ---------------------------------------------------------------------------------------------------- the best policy
@@ -91,16 +103,17 @@ class Scripted:
         self.script = script
         self.known: dict[str, float] = {}
 
-    def mean_score(self, held_out: HeldOut, engine: Any, accelerator: Any, *, seed: int) -> float:
+    def metrics(self, held_out: HeldOut, engine: Any, accelerator: Any, **_: Any) -> dict[str, float]:
         digest = hashlib.sha256()
         for parameter in engine.policy.parameters():
             digest.update(parameter.detach().numpy().tobytes())
-        return self.known.setdefault(digest.hexdigest(), self.script[min(len(self.known), len(self.script) - 1)])
+        score = self.known.setdefault(digest.hexdigest(), self.script[min(len(self.known), len(self.script) - 1)])
+        return {"held_out_score": score, "held_out_unscored": 0}
 
 
 def script(monkeypatch: pytest.MonkeyPatch, *scores: float) -> Scripted:
     scripted = Scripted(list(scores))
-    monkeypatch.setattr(HeldOut, "mean_score", lambda *args, **kwargs: scripted.mean_score(*args, **kwargs))
+    monkeypatch.setattr(HeldOut, "metrics", lambda *args, **kwargs: scripted.metrics(*args, **kwargs))
     return scripted
 
 

@@ -50,7 +50,9 @@ def test_the_controller_finds_the_coefficient_that_holds_the_target(start: float
 
 
 def test_a_fixed_coefficient_stays_the_recipes() -> None:
-    assert following(recipe_of(), LoopState(), {"kl": 50.0}, scores=BATCH) == LoopState(iteration=1)
+    assert following(recipe_of(), LoopState(), {"kl": 50.0}, scores=BATCH) == LoopState(
+        iteration=1, metrics={"kl": 50.0}
+    )
 
 
 def test_the_coefficient_follows_the_divergence_and_waits_for_the_critic() -> None:
@@ -92,6 +94,14 @@ def test_the_multiplier_follows_the_costs_of_the_loop() -> None:
     assert loop.multiplier == pytest.approx(2.0 * math.exp(0.5 * 2.0 * 0.2))
     loop = following(recipe, loop, {"kl": 0.0, "multiplier": loop.multiplier or 0.0, "cost_mean": 9.0}, scores=BATCH)
     assert loop.multiplier == 4.0
+
+
+@pytest.mark.parametrize("horizon", [1, 8])
+def test_a_horizon_within_one_batch_is_refused(horizon: int) -> None:
+    """At 0.2 * 8 = 1.6 the factor `1 - 0.2 * 8 / horizon` would be 0, and below it negative."""
+    with pytest.raises(ValueError, match=f"kl_horizon {horizon} must be above batch_size 8"):
+        recipe_of(kl_target=6.0, kl_horizon=horizon)
+    assert recipe_of(kl_target=6.0, kl_horizon=9).ppo.kl_horizon == 9
 
 
 # ----------------------------------------------------------------------------------------------------- whitening

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from alignment import checkpoints, ppo_state, ppo_update, rollout
 from alignment.__main__ import main
-from alignment.artifact import sha256
+from alignment.artifact import read_artifact, sha256
 from alignment.cli import main as sara
 from alignment.stages import ppo
 from alignment.stopping import EXIT_STOPPED
@@ -50,6 +50,7 @@ def run(parents: Path, output: Path, *overrides: str) -> int:
 def assert_same(output: Path, whole_run: Path) -> None:
     assert sha256(output / WEIGHTS) == sha256(whole_run / WEIGHTS)
     assert history(output) == history(whole_run), "nothing doubled, nothing lost"
+    assert read_artifact(output).metrics == read_artifact(whole_run).metrics
     assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in whole_run.iterdir())
 
 

@@ -97,7 +97,10 @@ def test_what_is_said_of_a_rollout(seed: int) -> None:
     numbers = np.random.default_rng(seed)
     lengths = np.array([3, 1, 4, 2])
     mask = np.arange(4) < lengths[:, None]
-    logprobs, ref_logprobs, entropies, values, kl, returns = (numbers.normal(size=(6, 4, 4)) * mask).astype(np.float32)
+    scored = mask & (np.arange(4) != 2)[:, None]
+    logprobs, ref_logprobs, entropies, values, kl, returns = (numbers.normal(size=(6, 4, 4)) * scored).astype(
+        np.float32
+    )
     rollout = Rollout(
         rollout_of("I cannot help with that.", "Bread.", "Rain.", "").conversations,
         prompt_ids=[],
@@ -111,18 +114,18 @@ def test_what_is_said_of_a_rollout(seed: int) -> None:
         values=torch.tensor(values),
     )
     scores = [Score(0.5, branch="safety"), Score(2.0, branch="helpfulness"), Score(None, "no"), Score(-1.0)]
-    found = rollout_metrics(run_of(), rollout, scores, *map(torch.tensor, (mask, kl, returns)))
+    found = rollout_metrics(run_of(), rollout, scores, *map(torch.tensor, (scored, kl, returns)))
     expected = {
         "score_mean": 0.5,
-        "safety_branch_share": 0.25,
-        "kl": kl.sum() / 4,
-        "kl_k1": (logprobs - ref_logprobs).sum() / 4,
-        "entropy": entropies[mask].mean(),
-        "completion_tokens": 2.5,
+        "safety_branch_share": 1 / 3,
+        "kl": kl.sum() / 3,
+        "kl_k1": (logprobs - ref_logprobs).sum() / 3,
+        "entropy": entropies[scored].mean(),
+        "completion_tokens": 2.0,
         "finished_share": 0.75,
         "refusal_rate": 0.25,
         "unscored": 1,
-        "explained_variance": 1 - np.var((returns - values)[mask]) / np.var(returns[mask]),
+        "explained_variance": 1 - np.var((returns - values)[scored]) / np.var(returns[scored]),
     }
     assert found == pytest.approx(expected, rel=1e-5)
 

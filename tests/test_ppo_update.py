@@ -200,3 +200,22 @@ def test_a_model_with_dropout_has_first_ratios_of_one(
     learner.model.train()
     found = optimizer_step(learner, rollout, Targets(mask, mask.float(), mask.float(), 0.0), range(4), iteration=0)
     assert (found["approx_kl"], found["ratio_max"]) == (0.0, 1.0)
+
+
+def test_a_mini_batch_without_a_scored_answer_teaches_nothing(tiny_model: Path) -> None:
+    learner = learner_of(mini_batch_recipe(tiny_model, 4, value_trunk="shared", weight_decay=0.0))
+    rollout, targets = frozen_rollout(learner.model)
+    nothing = Targets(*(torch.zeros_like(part) for part in (targets.mask, targets.advantages, targets.returns)), 0.0)
+    before = [parameter.detach().clone() for parameter in learner.model.parameters()]
+    found = optimizer_step(learner, rollout, nothing, ROWS, iteration=0)
+    assert (found["policy_loss"], found["value_loss"], found["grad_norm"]) == (0.0, 0.0, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.model.parameters(), strict=True))
+
+
+def test_a_ratio_beyond_all_numbers_is_still_told(tiny_model: Path) -> None:
+    """float32 ends at e^88.7; the alarm must see a factor that went down, whose losses and gradients are finite."""
+    learner = learner_of(mini_batch_recipe(tiny_model, 4, value_trunk="shared"))
+    rollout, targets = frozen_rollout(learner.model)
+    rollout.logprobs[0, 0] += 200.0
+    found = optimizer_step(learner, rollout, targets, ROWS, iteration=0)
+    assert 1e30 < found["ratio_max"] < math.inf

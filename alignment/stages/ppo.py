@@ -42,9 +42,6 @@ from reward.refusal import is_refusal
 from reward.render import Renderer
 from reward.scorer import LagrangianScorer, Score, Scorer, check_unscored, score_all
 
-MAX_UNSCORED = 0.05
-"""Above this share of unscored answers in an iteration the run stops: the scorer is broken, not the policy."""
-
 
 @dataclass
 class Run(Learner):
@@ -126,12 +123,11 @@ def train(run: Run, tracker: Tracker) -> Mapping[str, float]:
     """
     loop = run.checkpoints.load()
     tracker.resume_at(loop.iteration)
-    metrics: dict[str, float] = {}
     try:
         halt_if_unhealthy(run, loop)
         while loop.iteration < run.recipe.ppo.num_iterations and not out_of_patience(run.recipe, loop):
             run.checkpoints.begin(loop)
-            metrics, loop = run_iteration(run, loop, tracker)
+            loop = run_iteration(run, loop, tracker)
             halt_if_unhealthy(run, loop)
     except (Stopped, Unhealthy) as reason:
         # Raised at the same place on all processes, with the weights as they were at the last `begin`.
@@ -140,9 +136,9 @@ def train(run: Run, tracker: Tracker) -> Mapping[str, float]:
         where = f"{run.recipe.output_dir} stopped before iteration {loop.iteration}"
         raise (reason if isinstance(reason, Unhealthy) else Stopped(where)) from None
     best = run.checkpoints.load_best(loop)
-    if best is not None and loop.best_score is not None:
-        metrics |= {"held_out_score": loop.best_score, "best_iteration": best}
-    return metrics
+    if best is None or loop.best_score is None:
+        return loop.metrics
+    return loop.metrics | {"held_out_score": loop.best_score, "best_iteration": best}
 
 
 def halt_if_unhealthy(run: Run, loop: LoopState) -> None:
@@ -154,8 +150,8 @@ def halt_if_unhealthy(run: Run, loop: LoopState) -> None:
         raise
 
 
-def run_iteration(run: Run, loop: LoopState, tracker: Tracker) -> tuple[dict[str, float], LoopState]:
-    """One iteration: its metrics, and what it leaves to the next."""
+def run_iteration(run: Run, loop: LoopState, tracker: Tracker) -> LoopState:
+    """One iteration: what it leaves to the next."""
     recipe, ppo, iteration = run.recipe, run.recipe.ppo, loop.iteration
     run.stop.check()
     probed = run.watch.probe(tracker, iteration=iteration)
@@ -189,11 +185,12 @@ def run_iteration(run: Run, loop: LoopState, tracker: Tracker) -> tuple[dict[str
     metrics |= probed | compared | run.watch.score(rollout, scores, iteration=iteration)
     if run.held_out is not None and is_evaluated(recipe, iteration=iteration):
         seed = derive_seed(recipe.seed, "held_out")  # the same for all, so that chance does not choose the best
-        metrics["held_out_score"] = run.held_out.mean_score(run.model, run.accelerator, seed=seed)
+        limit = recipe.max_unscored
+        metrics |= run.held_out.metrics(run.model, run.accelerator, seed=seed, max_unscored=limit)
     tracker.log(iteration, {f"ppo/{name}": value for name, value in metrics.items()})
     tracker.table("rollouts", *sample_table(rollout, scores), step=iteration)
     health = run.watch.look(loop.health, metrics, found, tracker, iteration=iteration)
-    return metrics, following(recipe, loop, metrics, scores=over).model_copy(update={"health": health})
+    return following(recipe, loop, metrics, scores=over).model_copy(update={"health": health})
 
 
 def judge(run: Run, rollout: Rollout, loop: LoopState) -> tuple[Sequence[Score], dict[str, float]]:
@@ -213,10 +210,10 @@ def judge(run: Run, rollout: Rollout, loop: LoopState) -> tuple[Sequence[Score],
 
 
 def check_scored(run: Run, scores: Sequence[Score]) -> None:
-    """ScorerError, on every process, when more than MAX_UNSCORED of the answers of all have no score."""
+    """ScorerError, on every process, when more than the share `max_unscored` of the answers of all have no score."""
     own = [score.reason for score in scores if score.value is None]
     reasons = [reason for part in from_all(own) for reason in part]
-    check_unscored(reasons, num_answers=run.recipe.ppo.batch_size, name=run.scorer.name, limit=MAX_UNSCORED)
+    check_unscored(reasons, num_answers=run.recipe.ppo.batch_size, name=run.scorer.name, limit=run.recipe.max_unscored)
 
 
 def whiten_scores(
@@ -254,7 +251,7 @@ def branches(scores: Sequence[Score], valid: Tensor) -> Iterator[Tensor]:
 def rollout_metrics(
     run: Run, rollout: Rollout, scores: Sequence[Score], mask: Tensor, kl: Tensor, returns: Tensor
 ) -> dict[str, float]:
-    """What the rollout looked like, over all processes."""
+    """What the rollout looked like, over all processes; `mask` leaves out the answers without a score."""
     n = len(scores)
     known = [score.value for score in scores if score.value is not None]
     refused = [is_refusal(conversation.completion) for conversation in rollout.conversations]
@@ -279,11 +276,11 @@ def rollout_metrics(
     score, scored, safety, divergence, signed, entropy, tokens, finished, refusals, rows = total
     return {
         "score_mean": score / scored,
-        "safety_branch_share": safety / rows,
-        "kl": divergence / rows,
-        "kl_k1": signed / rows,
+        "safety_branch_share": safety / scored,
+        "kl": divergence / scored,
+        "kl_k1": signed / scored,
         "entropy": entropy / tokens,
-        "completion_tokens": tokens / rows,
+        "completion_tokens": tokens / scored,
         "finished_share": finished / rows,
         "refusal_rate": refusals / rows,
         "unscored": rows - scored,

@@ -22,10 +22,10 @@ def main() -> None:
 
     def one_turn(*args: Any) -> Any:
         turns.begin()
-        metrics, loop = run_iteration(*args)
+        loop = run_iteration(*args)
         names = {"score": "score_mean", "kl": "kl", "completion_tokens": "completion_tokens"}
-        turns.end(**{ours: metrics[theirs] for ours, theirs in names.items()})
-        return metrics, loop
+        turns.end(**{ours: loop.metrics[theirs] for ours, theirs in names.items()})
+        return loop
 
     ppo.run_iteration = one_turn
     run_stage(PpoRecipe.model_validate(job["recipe"]))

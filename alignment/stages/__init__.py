@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 
-from alignment.allocator import keep_freed_memory
 from alignment.artifact import Artifact
 from alignment.recipe import StageRecipe
 
@@ -17,7 +16,6 @@ def run_stage(recipe: StageRecipe) -> Artifact | None:
     import torch
     from transformers import set_seed
 
-    keep_freed_memory()
     set_seed(recipe.seed)
     torch.set_float32_matmul_precision(recipe.float32_matmul_precision)
     return importlib.import_module(f"alignment.stages.{recipe.stage}").run(recipe)

@@ -3,11 +3,11 @@
 `SARA_DATA_DIR=... python -m tests.benchmarks.ppo_safety --json runs/ppo-safety.json`
 
 Everything starts from SmolLM2-135M-Instruct: a little SFT, a safety and a helpfulness reward model, PPO on the
-piecewise score for each seed. PPO trains on AdvBench and Do-Not-Answer (tagged safety) and on harmless prompts, many of
-which look dangerous (CoCoNot); it is measured on SimpleSafetyTests and on the prompts of the first two that it never
-saw, and for false refusals on the safe prompts of XSTest, which take no part in anything else. Two scorers count
-violations: the refusal-and-content rule, and a reward model that learned from people's labels of other answers. What is
-trained is not trained again: remove a stage's folder to have it run anew.
+piecewise score for each seed. PPO trains on AdvBench and Do-Not-Answer (tagged safety) and on harmless prompts that
+look dangerous (CoCoNot's and the starter's); it is measured on SimpleSafetyTests and on the prompts of the first two
+that it never saw, and for false refusals on the safe prompts of XSTest, which take no part in anything else. Two
+scorers count violations: the refusal-and-content rule, and a reward model that learned from people's labels of other
+answers. What is trained is not trained again: remove a stage's folder to have it run anew.
 """
 
 from __future__ import annotations
@@ -134,16 +134,14 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
     dangerous = file(arguments.work, "train-dangerous", max_rows=arguments.dangerous)
     harmless = [
         file(arguments.work, "train-harmless"),
-        file(arguments.work, "answered", max_rows=150),
         Source(name="starter_borderline", max_rows=arguments.borderline),
-        Source(name="starter_twins"),
     ]
     probes = {
         "adversarial": Data(sources=[file(arguments.work, "probe-dangerous")]),
         "borderline": Data(sources=[file(arguments.work, "probe-harmless")]),
         "max_prompts": NUM_PROBES,
         "max_new_tokens": 48,
-        "steps": max(1, arguments.iterations // 4),
+        "steps": 5,
     }
     return PpoRecipe.model_validate(
         {
@@ -151,7 +149,7 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
             "output_dir": str(arguments.work / f"ppo-{seed}"),
             "seed": seed,
             "model_init": {"dtype": arguments.dtype},
-            "lora": {"r": 16, "alpha": 32, "last_layers": 10},
+            "lora": {"r": 16, "alpha": 32, "last_layers": 20},
             "prompts": Data(max_length=96, sources=[dangerous, *harmless]),
             "probes": probes,
             "scorer": {"type": "llama2"} | models,
@@ -162,13 +160,15 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
                 "num_iterations": arguments.iterations,
                 "batch_size": arguments.batch_size,
                 "mini_batch_size": arguments.batch_size // 4,
+                "num_ppo_epochs": 2,
                 "per_device_batch_size": 8,
                 "value_trunk": "shared",
+                "value_clip_range": 10.0,  # whitened scores move by more than 0.2 in an iteration
                 "kl_coef": arguments.kl_coef,
                 "lam": 1.0,  # the first words decide whether it declines, far from the score at the end
                 "whiten_scores": "branch",  # the helpfulness model's gaps are five times the safety model's
                 "missing_eos_penalty": 0.0,  # so few tokens cut many answers off, good ones too
-                "save_steps": 5,
+                "save_steps": 2,
             },
         }
     )
@@ -198,11 +198,11 @@ def measure(arguments: Any, checkpoints: dict[str, str]) -> Mapping[str, Any]:
 def parse_arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/ppo-safety"))
-    parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=32, help="answers an iteration, in four steps")
-    parser.add_argument("--dangerous", type=int, default=800, help="red-team prompts that PPO draws from")
-    parser.add_argument("--borderline", type=int, default=100, help="of the starter's borderline prompts")
-    parser.add_argument("--learning-rate", type=float, default=8e-4)
+    parser.add_argument("--iterations", type=int, default=14)
+    parser.add_argument("--batch-size", type=int, default=128, help="answers an iteration, in four steps")
+    parser.add_argument("--dangerous", type=int, default=500, help="red-team prompts that PPO draws from")
+    parser.add_argument("--borderline", type=int, default=180, help="of the starter's borderline prompts")
+    parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--kl-coef", type=float, default=0.02)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "fast"), default="fast")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])

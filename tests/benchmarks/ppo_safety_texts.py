@@ -26,7 +26,7 @@ start from, and of PPO's start.
 PPO's start must comply with some red-team prompts and decline others: what is never drawn is never rewarded. Rejected
 answers are short and on the topic, as those of the policy are.
 """
-NUM_CONTRAST = {"dangerous": 30, "look-alikes": 200}
+NUM_CONTRAST = {"dangerous": 150, "look-alikes": 400}
 """Red-team prompts whose declines PPO's start learns, and harmless requests like them, whose answers it learns.
 
 Without these it tells the two apart no better than chance, and PPO makes it decline both or neither.

@@ -326,12 +326,12 @@ def test_an_alarm_stops_and_the_same_folder_goes_on_under_other_limits(
 def test_a_run_that_an_alarm_stopped_at_its_end_keeps_its_metrics(parents: Path, tmp_path: Path) -> None:
     """The command that finishes it trains no iteration any more."""
     output = tmp_path / "ppo"
-    strict = ("--health.min_explained_variance", "100.0", "--health.window", "2", "--ppo.num_iterations", "2")
-    assert run(parents, output, *strict, "--health.poor_value_model", "stop") == EXIT_UNHEALTHY
-    assert run(parents, output, *strict, "--health.poor_value_model", "warn") == 0
+    strict = ("--health.min_explained_variance", "100.0", "--health.window", "3", "--health.poor_value_model")
+    assert run(parents, output, *strict, "stop") == EXIT_UNHEALTHY
+    assert run(parents, output, *strict, "warn") == 0
     last = {name.removeprefix("ppo/"): value for name, value in history(output)[-1].items() if "ppo/" in name}
     assert read_artifact(output).metrics == last
-    assert steps_of(output) == [0, 1]
+    assert steps_of(output) == [0, 1, 2]
 
 
 def test_two_ranks_that_share_out_the_weights_see_the_same(parents: Path, tmp_path: Path) -> None:

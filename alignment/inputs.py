@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Set
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def check_inputs(recipe: StageRecipe, *, planned: Mapping[str, Kind] | None = No
         except ValueError as error:
             raise InputError(f"{key}: {error}") from error
     for key, section in sections_of(recipe):
-        _check_section(key, section)
+        _check_section(key, section, planned=planned)
     if isinstance(recipe, ContextDistillationRecipe) and recipe.preprompts is not None:
         _check_file("preprompts", recipe.preprompts)
     if isinstance(recipe, JudgeDataRecipe):
@@ -161,23 +161,24 @@ def check_scorer(spec: ScorerSpec) -> None:
                 check_model(model, kind=kind)
             except ValueError as error:
                 raise InputError(f"{model_key}: {error}") from error
-        _check_section(key, section)
+        _check_section(key, section, planned={})
 
 
-def _check_section(key: str, section: BaseModel) -> None:
+def _check_section(key: str, section: BaseModel, *, planned: Collection[str]) -> None:
+    """What `planned` names is not looked at: its step may have been interrupted, and its folder hold no model yet."""
     cache = getattr(section, "cache", None)
     if cache is not None and Path(cache).is_dir():
         raise InputError(f"{key}.cache: {cache} is a folder; name a file in it")
     if isinstance(section, PythonScorer):
         _check_function(key, section.function)
     elif isinstance(section, JudgeScorer):
-        _check_judge(key, section)
-    elif isinstance(section, RewardModelScorer) and Path(section.path).is_dir():
+        _check_judge(key, section, planned=planned)
+    elif isinstance(section, RewardModelScorer) and section.path not in planned and Path(section.path).is_dir():
         try:
             check_checkpoint(section.path, family=section.family, direction=section.direction, label=section.label)
         except ScorerError as error:
             raise InputError(f"{key}: {error}") from error
-    elif isinstance(section, HarmfulnessScorer) and Path(section.model).is_dir():
+    elif isinstance(section, HarmfulnessScorer) and section.model not in planned and Path(section.model).is_dir():
         try:
             check_harmfulness_model(section.model)
         except ScorerError as error:
@@ -189,7 +190,7 @@ def _check_section(key: str, section: BaseModel) -> None:
             raise InputError(f"{key}.token_env: {error}") from error
 
 
-def _check_judge(key: str, section: JudgeScorer) -> None:
+def _check_judge(key: str, section: JudgeScorer, *, planned: Collection[str]) -> None:
     """Guidelines and calibration are read; that the calibration fits the model is known once that is loaded."""
     constitution = _check_guidelines(f"{key}.guidelines", section.guidelines)
     try:
@@ -197,7 +198,7 @@ def _check_judge(key: str, section: JudgeScorer) -> None:
             _check_file(f"{key}.calibration", section.calibration)
             made_with = {"prompt": section.prompt, "guidelines": constitution.hash}
             Calibration.read(section.calibration).check(made_with)
-        if section.server is None and Path(section.model).is_dir():
+        if section.server is None and section.model not in planned and Path(section.model).is_dir():
             adapter_base(section.model)
     except ScorerError as error:
         raise InputError(f"{key}: {error}") from error

@@ -17,6 +17,7 @@ from alignment.inputs import sections_of
 from alignment.pipeline import PlannedStep, plan
 from alignment.recipe import RECIPES, Data, SftRecipe, StageRecipe
 from alignment.recipe_file import load_pipeline, load_recipe, parse_yaml
+from alignment.workspace import IN_PROGRESS
 from tests.conftest import ROOT
 
 PIPELINES = sorted(
@@ -231,6 +232,22 @@ def test_a_pipeline_that_cannot_run_is_one_line_and_exit_code_2(
         printed = capsys.readouterr().err
         assert printed.count("\n") == 1, printed
         assert wrong in printed
+
+
+@pytest.mark.parametrize("path", PIPELINES)
+def test_a_pipeline_goes_on_wherever_it_was_interrupted(
+    path: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder of an interrupted step holds no model yet; scorers that read it later must not be refused for that."""
+    steps = plan(load_pipeline(ROOT / path, ["--run_dir", str(run_dir)]))
+    for step in steps:
+        folder = Path(step.recipe.output_dir)
+        folder.mkdir(parents=True)
+        (folder / IN_PROGRESS).write_text("{}", encoding="utf-8")
+    assert sara(["pipeline", path, "--run_dir", str(run_dir), "--dry-run"]) == 0, capsys.readouterr().err
+    told = capsys.readouterr().out
+    assert told.count("will run: ") == len(steps)
+    assert "will run: interrupted" in told
 
 
 def test_a_pipeline_without_a_path_or_with_another_verb_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,11 +43,13 @@ class Generator:
         rendered = [self.renderer.render_prompt(p, max_length=self.sampling.max_prompt_tokens) for p in prompts]
         order = sorted(range(len(prompts)), key=lambda position: (len(rendered[position]), position))
         answers: dict[int, Completion] = {}
+        sampled_by_row = rows is not None and self.sampling.temperature > 0
+        seeds = [derive_seed(seed, row) for row in rows or ()] if sampled_by_row else None
         for number, positions in enumerate(batched(order, self.sampling.batch_size)):
             torch.manual_seed(derive_seed(seed, number))
-            by_row = rows if self.sampling.temperature > 0 else None
-            seeds = None if by_row is None else [derive_seed(seed, by_row[position]) for position in positions]
-            ids, prompt_length = self.sample([rendered[position] for position in positions], seeds=seeds)
+            batch = [rendered[position] for position in positions]
+            own = None if seeds is None else [seeds[position] for position in positions]
+            ids, prompt_length = self.sample(batch, seeds=own)
             for position, row in zip(positions, ids[:, prompt_length:].tolist(), strict=True):
                 answers[position] = self.completion(row)
         return [answers[position] for position in range(len(prompts))]

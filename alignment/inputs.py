@@ -165,7 +165,6 @@ def check_scorer(spec: ScorerSpec) -> None:
 
 
 def _check_section(key: str, section: BaseModel, *, planned: Collection[str]) -> None:
-    """What `planned` names is not looked at: its step may have been interrupted, and its folder hold no model yet."""
     cache = getattr(section, "cache", None)
     if cache is not None and Path(cache).is_dir():
         raise InputError(f"{key}.cache: {cache} is a folder; name a file in it")
@@ -173,12 +172,12 @@ def _check_section(key: str, section: BaseModel, *, planned: Collection[str]) ->
         _check_function(key, section.function)
     elif isinstance(section, JudgeScorer):
         _check_judge(key, section, planned=planned)
-    elif isinstance(section, RewardModelScorer) and section.path not in planned and Path(section.path).is_dir():
+    elif isinstance(section, RewardModelScorer) and _is_folder(section.path, planned):
         try:
             check_checkpoint(section.path, family=section.family, direction=section.direction, label=section.label)
         except ScorerError as error:
             raise InputError(f"{key}: {error}") from error
-    elif isinstance(section, HarmfulnessScorer) and section.model not in planned and Path(section.model).is_dir():
+    elif isinstance(section, HarmfulnessScorer) and _is_folder(section.model, planned):
         try:
             check_harmfulness_model(section.model)
         except ScorerError as error:
@@ -190,6 +189,11 @@ def _check_section(key: str, section: BaseModel, *, planned: Collection[str]) ->
             raise InputError(f"{key}.token_env: {error}") from error
 
 
+def _is_folder(model: str, planned: Collection[str]) -> bool:
+    """Not what `planned` names: its step may have been interrupted, and the folder hold no model yet."""
+    return model not in planned and Path(model).is_dir()
+
+
 def _check_judge(key: str, section: JudgeScorer, *, planned: Collection[str]) -> None:
     """Guidelines and calibration are read; that the calibration fits the model is known once that is loaded."""
     constitution = _check_guidelines(f"{key}.guidelines", section.guidelines)
@@ -198,7 +202,7 @@ def _check_judge(key: str, section: JudgeScorer, *, planned: Collection[str]) ->
             _check_file(f"{key}.calibration", section.calibration)
             made_with = {"prompt": section.prompt, "guidelines": constitution.hash}
             Calibration.read(section.calibration).check(made_with)
-        if section.server is None and section.model not in planned and Path(section.model).is_dir():
+        if section.server is None and _is_folder(section.model, planned):
             adapter_base(section.model)
     except ScorerError as error:
         raise InputError(f"{key}: {error}") from error

@@ -160,10 +160,8 @@ def loss_of(
         sums = {name: float(term) for name, (_, term) in terms.items()}
         sums["clip_fraction"] = float(share(clipped))
         sums["approx_kl"] = float(share(torch.expm1(log_ratio) - log_ratio))  # k3 of KL(old, new): old drew the tokens
-        sums["ratio_mean"], sums[RATIO_MAX] = (
-            float(share(log_ratio.exp())),
-            math.exp(min(float(log_ratio.abs().max()), MAX_LOG_RATIO)),
-        )
+        sums["ratio_mean"] = float(share(log_ratio.exp()))
+        sums[RATIO_MAX] = math.exp(min(float(log_ratio.abs().max()), MAX_LOG_RATIO))
         return loss, sums
 
 

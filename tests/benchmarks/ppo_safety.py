@@ -198,7 +198,7 @@ def measure(arguments: Any, checkpoints: dict[str, str]) -> Mapping[str, Any]:
 def parse_arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/ppo-safety"))
-    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--iterations", type=int, default=14)
     parser.add_argument("--batch-size", type=int, default=128, help="answers an iteration, in four steps")
     parser.add_argument("--dangerous", type=int, default=500, help="red-team prompts that PPO draws from")
     parser.add_argument("--borderline", type=int, default=180, help="of the starter's borderline prompts")

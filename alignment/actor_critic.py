@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Generator, Sequence
+import warnings
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from alignment.objectives import token_statistics
 from alignment.policy import add_lora, disable_dropout, load_model
 from alignment.recipe import PpoRecipe
 from reward.dtype import torch_dtype
+from reward.padding_free import attend_by_text, row_of, why_padded
 
 VALUE_ADAPTER = "value"
 """Name of the value model's adapter, beside the policy's own (`default`)."""
@@ -23,16 +25,19 @@ VALUE_ADAPTER = "value"
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Prompts padded on the left, completions on the right: `input_ids` is `(batch, prompt_length + length)`."""
+    """`batch` prompts with their completions of at most `length` tokens, as a model reads them.
 
-    input_ids: Tensor
-    attention_mask: Tensor
+    Padded, with the prompts on the left and the completions on the right, or padding-free, in a single row.
+    """
+
+    inputs: Mapping[str, Any]
+    """Keyword arguments of the model; `input_ids` is `(batch, prompt_length + length)` or `(1, tokens)`."""
+    columns: Tensor
+    """Of the tokens in front of each completion token (and in front of the padding between these)."""
     completion_mask: Tensor
     """`(batch, length)`: True for the tokens of the completion, end token included."""
-
-    @property
-    def position_ids(self) -> Tensor:
-        return (self.attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+    present: Tensor | None
+    """`(batch, length)`, of a single row: True where a completion has a token, whether it counts or not."""
 
     @classmethod
     def of(
@@ -41,18 +46,44 @@ class Batch:
         completions: Sequence[Sequence[int]],
         *,
         pad_token_id: int,
+        padding_free: bool,
         device: torch.device | str = "cpu",
     ) -> Batch:
-        prompt_length = max(len(ids) for ids in prompts)
-        length = max(len(ids) for ids in completions)
+        lengths = torch.tensor([len(ids) for ids in completions])
+        present = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+        if padding_free:
+            row = row_of([[*prompt, *ids] for prompt, ids in zip(prompts, completions, strict=True)], device=device)
+            ends = torch.tensor(row["text_lengths"]).cumsum(dim=0)
+            spans = zip((ends - lengths - 1).tolist(), (ends - 1).tolist(), strict=True)
+            columns = torch.cat([torch.arange(first, end) for first, end in spans])
+            return cls(row, columns.to(device), present.to(device), present.to(device))
+        prompt_length, length = max(len(ids) for ids in prompts), present.shape[1]
         input_ids = torch.full((len(prompts), prompt_length + length), pad_token_id, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             start, end = prompt_length - len(prompt), prompt_length + len(completion)
             input_ids[row, start:end] = torch.tensor([*prompt, *completion], dtype=torch.long)
             attention_mask[row, start:end] = 1
-        completion_mask = attention_mask[:, prompt_length:].bool()
-        return cls(input_ids.to(device), attention_mask.to(device), completion_mask.to(device))
+        inputs = {
+            "input_ids": input_ids.to(device),
+            "attention_mask": attention_mask.to(device),
+            "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp_min(0).to(device),
+        }
+        columns = torch.arange(prompt_length - 1, prompt_length + length - 1)
+        return cls(inputs, columns.to(device), present.to(device), None)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Ids of the completions, in the shape of what is computed about them: `(batch, length)` or `(1, tokens)`."""
+        return self.inputs["input_ids"][:, self.columns + 1]
+
+    def in_rows(self, values: Tensor) -> Tensor:
+        """`(batch, length)`, zero where a single row has nothing, of values about `tokens`."""
+        if self.present is None:
+            return values
+        return torch.zeros(self.present.shape, dtype=values.dtype, device=values.device).masked_scatter(
+            self.present, values
+        )
 
 
 class TokenOutputs(NamedTuple):  # a tuple, so that ZeRO-3 finds the tensors in it
@@ -71,17 +102,21 @@ class ActorCritic(nn.Module):
     """`policy` with a value head on its trunk (`value_model` None) or with a separate value model.
 
     A policy that has the adapter `VALUE_ADAPTER` gives its trunk with that one to the value head. Log-probabilities are
-    those of the distribution that was sampled from: logits over `temperature`.
+    those of the distribution that was sampled from: logits over `temperature`. `padding_free`: it takes batches without
+    padding.
     """
 
     is_gradient_checkpointing = False  # read by TRL when it unwraps the engine for generation
 
-    def __init__(self, policy: Any, *, value_model: Any | None, temperature: float) -> None:
+    def __init__(
+        self, policy: Any, *, value_model: Any | None, temperature: float, padding_free: bool = False
+    ) -> None:
         super().__init__()
         self.config = policy.config
         self.policy = policy
         self.value_model = value_model
         self.temperature = temperature
+        self.padding_free = padding_free
         if value_model is None:
             self.value_head = nn.Linear(policy.config.hidden_size, 1, bias=False, dtype=policy.dtype)
             nn.init.zeros_(self.value_head.weight)
@@ -94,21 +129,11 @@ class ActorCritic(nn.Module):
     def has_value_adapter(self) -> bool:
         return self.has_adapter and VALUE_ADAPTER in self.policy.peft_config
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        length: int,
-        *,
-        reference: bool = False,
-        mix: Batch | None = None,
-    ) -> TokenOutputs:
-        """Statistics of the last `length` tokens; with `reference` the adapter is off and no values are computed.
+    def forward(self, batch: Batch, *, reference: bool = False, mix: Batch | None = None) -> TokenOutputs:
+        """Statistics of the completions; with `reference` the adapter is off and no values are computed.
 
         `mix`: more texts, for the same backward pass, of which the policy's log-probabilities are wanted.
         """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         captured: list[Tensor] = []
         causal = self.policy.get_base_model() if self.has_adapter else self.policy
         hook = causal.base_model.register_forward_hook(lambda _m, _i, out: captured.append(out.last_hidden_state))
@@ -116,17 +141,18 @@ class ActorCritic(nn.Module):
             stack.callback(hook.remove)
             if reference:
                 stack.enter_context(adapter_switched(self.policy, None))
-            logits = self.policy(**inputs, use_cache=False, logits_to_keep=length + 1).logits
-        statistics = token_statistics(logits[:, :-1] / self.temperature, input_ids[:, -length:])
-        values = None if reference else self._values(inputs, captured[0], length)
+            logits = self.policy(**batch.inputs, use_cache=False, logits_to_keep=batch.columns).logits
+        statistics = token_statistics(logits / self.temperature, batch.tokens)
+        logprobs, entropies = batch.in_rows(statistics.logprobs), batch.in_rows(statistics.entropies)
+        values = None if reference else self._values(batch, captured[0])
         mix_logprobs = None if mix is None else self._mix_logprobs(mix)
-        return TokenOutputs(statistics.logprobs, statistics.entropies, values, mix_logprobs)
+        return TokenOutputs(logprobs, entropies, values, mix_logprobs)
 
-    def _values(self, inputs: dict[str, Tensor], trunk: Tensor, length: int) -> Tensor:
+    def _values(self, batch: Batch, trunk: Tensor) -> Tensor:
         """V of the state before each completion token: read at the token in front of it."""
         if self.has_value_adapter:
             with adapter_switched(self.policy, VALUE_ADAPTER):
-                hidden = self.policy.get_base_model().base_model(**inputs, use_cache=False).last_hidden_state
+                hidden = self.policy.get_base_model().base_model(**batch.inputs, use_cache=False).last_hidden_state
             head = self.value_head
         elif self.value_model is None:
             hidden, head = trunk, self.value_head
@@ -134,16 +160,13 @@ class ActorCritic(nn.Module):
             classifier = (
                 self.value_model.get_base_model() if hasattr(self.value_model, "peft_config") else self.value_model
             )
-            hidden = classifier.base_model(**inputs, use_cache=False).last_hidden_state
+            hidden = classifier.base_model(**batch.inputs, use_cache=False).last_hidden_state
             head = classifier.score
-        return head(hidden[:, -length - 1 : -1]).squeeze(-1).float()
+        return batch.in_rows(head(hidden[:, batch.columns]).squeeze(-1).float())
 
     def _mix_logprobs(self, mix: Batch) -> Tensor:
-        length = mix.completion_mask.shape[1]
-        inputs = {"input_ids": mix.input_ids, "attention_mask": mix.attention_mask, "position_ids": mix.position_ids}
-        logits = self.policy(**inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
-        losses = nn.functional.cross_entropy(logits.float().mT, mix.input_ids[:, -length:], reduction="none")
-        return -losses
+        logits = self.policy(**mix.inputs, use_cache=False, logits_to_keep=mix.columns).logits
+        return mix.in_rows(-nn.functional.cross_entropy(logits.float().mT, mix.tokens, reduction="none"))
 
 
 @contextlib.contextmanager
@@ -186,6 +209,7 @@ def load_actor_critic(recipe: PpoRecipe, *, pad_token_id: int) -> ActorCritic:
         if recipe.value_model is None:
             with gathered(value_model.score.parameters()):
                 nn.init.zeros_(value_model.score.weight)
+    padding_free = _spare_padding(recipe, *(model for model in (policy, value_model) if model is not None))
     if recipe.lora is not None:
         policy = add_lora(policy, recipe.lora, head="causal_lm")
         if value_model is not None:
@@ -197,7 +221,23 @@ def load_actor_critic(recipe: PpoRecipe, *, pad_token_id: int) -> ActorCritic:
             disable_dropout(model)
             if recipe.ppo.gradient_checkpointing:
                 _checkpoint_gradients(model)
-    return ActorCritic(policy, value_model=value_model, temperature=recipe.sampling.temperature)
+    return ActorCritic(
+        policy, value_model=value_model, temperature=recipe.sampling.temperature, padding_free=padding_free
+    )
+
+
+def _spare_padding(recipe: PpoRecipe, *models: Any) -> bool:
+    """Have the models take batches without padding, if the recipe wants it and all of them can."""
+    if not recipe.ppo.padding_free:
+        return False
+    for model in models:
+        reason = why_padded(model)
+        if reason is not None:
+            warnings.warn(f"ppo.padding_free: texts are padded: {reason}", stacklevel=2)
+            return False
+    for model in models:
+        attend_by_text(model)
+    return True
 
 
 def _add_value_adapter(policy: Any) -> None:
@@ -234,7 +274,10 @@ def load_reference(recipe: PpoRecipe, *, pad_token_id: int, dtype: torch.dtype |
     sharded = recipe.ppo.reference == "sharded"
     with sharded_weights(dtype) if sharded else whole_weights():
         model = load_model(recipe.model, init=recipe.model_init, pad_token_id=pad_token_id)
-    reference = ActorCritic(model, value_model=None, temperature=recipe.sampling.temperature)
+    padding_free = _spare_padding(recipe, model)
+    reference = ActorCritic(
+        model, value_model=None, temperature=recipe.sampling.temperature, padding_free=padding_free
+    )
     reference.eval().requires_grad_(False)
     if sharded:
         return frozen_engine(reference)

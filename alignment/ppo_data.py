@@ -89,7 +89,7 @@ class PretrainingMix:
         """Tokens of the assistant."""
         return sum(sum(rendered.completion_mask) for rendered in self.chosen(rows, iteration=iteration))
 
-    def batch(self, rows: Sequence[int], *, iteration: int, device: Any) -> Batch:
+    def batch(self, rows: Sequence[int], *, iteration: int, padding_free: bool, device: Any) -> Batch:
         """Completions begin with the assistant's first token; the mask leaves out what others say behind it."""
         prompts: list[list[int]] = []
         completions: list[list[int]] = []
@@ -99,7 +99,9 @@ class PretrainingMix:
             prompts.append(rendered.input_ids[:start])
             completions.append(rendered.input_ids[start:])
             masks.append(rendered.completion_mask[start:])
-        batch = Batch.of(prompts, completions, pad_token_id=self.pad_token_id, device=device)
+        batch = Batch.of(
+            prompts, completions, pad_token_id=self.pad_token_id, padding_free=padding_free, device=device
+        )
         mask = torch.zeros_like(batch.completion_mask, device="cpu")
         for row, flags in enumerate(masks):
             mask[row, : len(flags)] = torch.tensor(flags)

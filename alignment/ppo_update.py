@@ -125,8 +125,12 @@ def loss_of(
     While the critic warms up, only the value loss counts; the policy's learning rate is 0 then.
     """
     ppo, device = learner.recipe.ppo, learner.accelerator.device
-    batch = rollout.rows(rows, pad_token_id=learner.pad_token_id, device=device)
-    mix = None if learner.mix is None else learner.mix.batch(rows, iteration=iteration, device=device)
+    layout: dict[str, Any] = {
+        "padding_free": learner.accelerator.unwrap_model(learner.model).padding_free,
+        "device": device,
+    }
+    batch = rollout.rows(rows, pad_token_id=learner.pad_token_id, **layout)
+    mix = None if learner.mix is None else learner.mix.batch(rows, iteration=iteration, **layout)
     length = batch.completion_mask.shape[1]
 
     def part(values: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ class Ppo(Optimizer):
     one model of a piecewise score decides on are whitened by themselves, for models whose scores differ in scale (one
     that is alone in its branch counts as average, so batches should be large); running, by all scores so far.
     `reference`: sharded, each process holds a part of the reference model (ZeRO-3), for models that do not fit twice.
+    `padding_free`: the texts of a micro-batch lie behind each other in one row, if the model's attention is `sdpa` over
+    all that precedes; else they are padded.
     """
 
     learning_rate: PositiveFloat = 1e-6
@@ -67,6 +69,7 @@ class Ppo(Optimizer):
     early_stopping_patience: PositiveInt | None = None
     reference: Literal["whole", "sharded"] = "whole"
     gradient_checkpointing: bool = False
+    padding_free: bool = True
     save_steps: PositiveInt = 10
     save_total_limit: PositiveInt = 2
 

@@ -37,11 +37,12 @@ class Rollout:
     def micro_batches(self, rows: range, *, size: int) -> list[list[int]]:
         return micro_batches(self.prompt_ids, self.completion_ids, rows, size=size)
 
-    def rows(self, positions: Sequence[int], *, pad_token_id: int, device: Any) -> Batch:
+    def rows(self, positions: Sequence[int], *, pad_token_id: int, padding_free: bool, device: Any) -> Batch:
         return Batch.of(
             [self.prompt_ids[i] for i in positions],
             [self.completion_ids[i] for i in positions],
             pad_token_id=pad_token_id,
+            padding_free=padding_free,
             device=device,
         )
 
@@ -154,6 +155,7 @@ def collect_rollout(
             batches=_update_batches(prompt_ids, completion_ids, recipe),
             is_start=iteration <= recipe.ppo.critic_warmup_iterations,
             pad_token_id=generator.renderer.tokenizer.pad_token_id,
+            padding_free=accelerator.unwrap_model(engine).padding_free,
             device=accelerator.device,
         )
     return Rollout(
@@ -243,6 +245,7 @@ def evaluate_tokens(
     batches: Sequence[Sequence[int]],
     is_start: bool,
     pad_token_id: int,
+    padding_free: bool,
     device: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`(completion_mask, logprobs, ref_logprobs, entropies, values)` of the answers, one pass for policy and value.
@@ -260,6 +263,7 @@ def evaluate_tokens(
                 [prompt_ids[i] for i in positions],
                 [completion_ids[i] for i in positions],
                 pad_token_id=pad_token_id,
+                padding_free=padding_free,
                 device=device,
             )
             output = forward(model, batch)
@@ -282,8 +286,7 @@ def _of_reference(model: Any, reference: ActorCritic | None, batch: Batch) -> To
 
 def forward(model: Any, batch: Batch, *, reference: bool = False, mix: Batch | None = None) -> TokenOutputs:
     """Through the engine when `model` is one, so that ZeRO-3 gathers what it needs."""
-    length = batch.completion_mask.shape[1]
-    return model(batch.input_ids, batch.attention_mask, batch.position_ids, length, reference=reference, mix=mix)
+    return model(batch, reference=reference, mix=mix)
 
 
 def _through_end(row: list[int], end_ids: frozenset[int]) -> list[int]:

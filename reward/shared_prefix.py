@@ -186,7 +186,7 @@ def why_no_block_mask(model: Any) -> str | None:
         return f"its layers have {', '.join(sorted(kinds - {'full_attention'})) or 'a sliding window'}"
     if attention == "flex_attention":
         return "attention 'flex_attention' takes masks of its own form, which packed rows lack; use sdpa"
-    if attention != "sdpa":
+    if attention not in ("sdpa", "sdpa_by_text"):  # the latter: padding_free
         return f"attention {attention!r} takes no block mask; use sdpa"
     return None
 

@@ -36,41 +36,71 @@ model = tiny_ppo.model  # a fixture
 
 
 def test_a_batch_by_hand() -> None:
-    batch = Batch.of([[5, 6, 7], [8]], [[9], [10, 11]], pad_token_id=PAD)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 9, PAD], [PAD, PAD, 8, 10, 11]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+    batch = Batch.of([[5, 6, 7], [8]], [[9], [10, 11]], pad_token_id=PAD, padding_free=False)
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 9, PAD], [PAD, PAD, 8, 10, 11]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 3], [0, 0, 0, 1, 2]]
     assert batch.completion_mask.tolist() == [[True, False], [True, True]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 3], [0, 0, 0, 1, 2]]
+    assert batch.columns.tolist() == [2, 3]
+    assert batch.tokens.tolist() == [[9, PAD], [10, 11]]
 
 
-def evaluated(model: ActorCritic, prompts: list[list[int]], completions: list[list[int]], **options: Any) -> Any:
+def test_a_batch_without_padding_by_hand() -> None:
+    batch = Batch.of([[5, 6, 7], [8]], [[9], [10, 11]], pad_token_id=PAD, padding_free=True)
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 9, 8, 10, 11]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert batch.inputs["text_lengths"] == (4, 3)
+    assert batch.completion_mask.tolist() == [[True, False], [True, True]]
+    assert batch.columns.tolist() == [2, 4, 5]
+    assert batch.tokens.tolist() == [[9, 10, 11]]
+    assert batch.in_rows(torch.tensor([[0.1, 0.2, 0.3]])).tolist() == torch.tensor([[0.1, 0.0], [0.2, 0.3]]).tolist()
+
+
+def batch_of(prompts: list[list[int]], completions: list[list[int]], *, padding_free: bool = True) -> Batch:
+    return Batch.of(prompts, completions, pad_token_id=PAD, padding_free=padding_free)
+
+
+def evaluated(
+    model: ActorCritic,
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    *,
+    padding_free: bool = True,
+    **options: Any,
+) -> Any:
     with torch.no_grad():
-        return forward(model, Batch.of(prompts, completions, pad_token_id=PAD), **options)
+        return forward(model, batch_of(prompts, completions, padding_free=padding_free), **options)
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_a_plain_forward_pass(tiny_model: Path, model: Any, temperature: float) -> None:
+def test_logprobs_are_those_of_a_plain_forward_pass(
+    tiny_model: Path, model: Any, temperature: float, padding_free: bool
+) -> None:
     actor = load_actor_critic(ppo_recipe(tiny_model, temperature=temperature), pad_token_id=PAD).eval()
-    output = evaluated(actor, PROMPT_IDS, COMPLETION_IDS)
+    output = evaluated(actor, PROMPT_IDS, COMPLETION_IDS, padding_free=padding_free)
     assert output.logprobs.shape == output.entropies.shape == output.values.shape == (3, 4)
     for row, (prompt, completion) in enumerate(zip(PROMPT_IDS, COMPLETION_IDS, strict=True)):
         expected = logprobs_alone(model, prompt, completion, temperature=temperature)
         torch.testing.assert_close(output.logprobs[row, : len(completion)], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("trunk", ["shared", "separate"])
-def test_left_padding_changes_nothing(tiny_model: Path, trunk: str) -> None:
+def test_what_stands_beside_a_text_changes_nothing(tiny_model: Path, trunk: str, padding_free: bool) -> None:
     actor = load_actor_critic(ppo_recipe(tiny_model, value_trunk=trunk), pad_token_id=PAD).eval()
     head = actor.value_head if trunk == "shared" else actor.value_model.score
     nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
     alone = evaluated(actor, PROMPT_IDS[2:], COMPLETION_IDS[2:])
-    padded = evaluated(actor, [list(range(10, 60)), PROMPT_IDS[2]], [[70], COMPLETION_IDS[2]])
+    prompts, completions = [list(range(10, 60)), PROMPT_IDS[2]], [[70], COMPLETION_IDS[2]]
+    beside = evaluated(actor, prompts, completions, padding_free=padding_free)
     for name in ("logprobs", "entropies", "values"):
-        torch.testing.assert_close(getattr(padded, name)[1:], getattr(alone, name), atol=1e-5, rtol=0)
+        torch.testing.assert_close(getattr(beside, name)[1:], getattr(alone, name), atol=1e-5, rtol=0)
     assert alone.values.abs().max() > 0.1
 
 
-def test_values_are_read_in_front_of_each_token(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_values_are_read_in_front_of_each_token(tiny_model: Path, tmp_path: Path, padding_free: bool) -> None:
     """V before token t is what the reward model says of the text up to t - 1."""
     from transformers import AutoModelForSequenceClassification
 
@@ -78,7 +108,7 @@ def test_values_are_read_in_front_of_each_token(tiny_model: Path, tmp_path: Path
     reward_model = load_model(str(tiny_model), init=ModelInit(), head="sequence_classification", pad_token_id=PAD)
     reward_model.save_pretrained(tmp_path)
     actor = load_actor_critic(ppo_recipe(tiny_model, value_model=str(tmp_path)), pad_token_id=PAD).eval()
-    found = evaluated(actor, PROMPT_IDS, COMPLETION_IDS).values
+    found = evaluated(actor, PROMPT_IDS, COMPLETION_IDS, padding_free=padding_free).values
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     for row, (prompt, completion) in enumerate(zip(PROMPT_IDS, COMPLETION_IDS, strict=True)):
         for t in range(len(completion)):
@@ -120,15 +150,16 @@ def test_a_reference_in_bfloat16_keeps_its_rotary_frequencies(tiny_model: Path) 
 
 def test_with_its_adapter_off_the_policy_is_the_base_model(tiny_model: Path, model: Any) -> None:
     actor = load_actor_critic(ppo_recipe(tiny_model, lora=Lora(r=4, alpha=8)), pad_token_id=PAD).eval()
-    base = evaluated(ActorCritic(model, value_model=None, temperature=1.0), PROMPT_IDS, COMPLETION_IDS)
+    plain = ActorCritic(model, value_model=None, temperature=1.0)
+    base = evaluated(plain, PROMPT_IDS, COMPLETION_IDS, padding_free=False)
     with torch.no_grad():
         for name, parameter in actor.policy.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    reference = evaluated(actor, PROMPT_IDS, COMPLETION_IDS, reference=True)
+    reference = evaluated(actor, PROMPT_IDS, COMPLETION_IDS, reference=True, padding_free=False)
     assert reference.values is None
     assert torch.equal(reference.logprobs, base.logprobs)
-    policy = evaluated(actor, PROMPT_IDS, COMPLETION_IDS)
+    policy = evaluated(actor, PROMPT_IDS, COMPLETION_IDS, padding_free=False)
     assert (policy.logprobs - base.logprobs).abs().max() > 0.01  # the adapter is on again, and matters
 
 
@@ -171,7 +202,7 @@ def test_each_loss_trains_its_own_adapter_and_nothing_else(tiny_model: Path) -> 
     for name in ("default", VALUE_ADAPTER):
         trained_adapter(actor, name)
     evaluated(actor, PROMPT_IDS, COMPLETION_IDS, reference=True)  # peft freezes adapters that do not work
-    output = forward(actor, Batch.of(PROMPT_IDS, COMPLETION_IDS, pad_token_id=PAD))
+    output = forward(actor, batch_of(PROMPT_IDS, COMPLETION_IDS))
     losses = {False: output.logprobs.sum(), True: output.values.sum()}
     names = dict(actor.named_parameters())
     trained = {name for name in names if "lora_" in name} | {"value_head.weight"}
@@ -184,13 +215,16 @@ def test_each_loss_trains_its_own_adapter_and_nothing_else(tiny_model: Path) -> 
         assert moved == {name for name in trained if is_of_value_model(name) == of_value}
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize(
     ("trunk", "lora"),
     [(trunk, lora) for trunk in ("shared", "separate") for lora in (None, Lora(r=4, alpha=8))]
     + [("adapter", Lora(r=4, alpha=8))],
 )
-def test_gradient_checkpointing_changes_no_gradient(tiny_model: Path, trunk: str, lora: Lora | None) -> None:
-    batch = Batch.of(PROMPT_IDS, COMPLETION_IDS, pad_token_id=PAD)
+def test_gradient_checkpointing_changes_no_gradient(
+    tiny_model: Path, trunk: str, lora: Lora | None, padding_free: bool
+) -> None:
+    batch = batch_of(PROMPT_IDS, COMPLETION_IDS, padding_free=padding_free)
 
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         recipe = ppo_recipe(tiny_model, value_trunk=trunk, lora=lora, gradient_checkpointing=checkpointing)

@@ -41,7 +41,7 @@ def first_batch(
     whiten = ppo.whiten_scores
 
     def record(run: Any, scores: Any, rollout: Rollout, loop: Any) -> Any:
-        batch = rollout.rows(range(8), pad_token_id=run.pad_token_id, device="cpu")
+        batch = rollout.rows(range(8), pad_token_id=run.pad_token_id, padding_free=True, device="cpu")
         tensors = {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,

@@ -85,7 +85,11 @@ def ppo_batch() -> Batch:
         return torch.randint(4, 512, (number,), generator=draw).tolist()
 
     prompts = [ids(PROMPT - 8 * row) for row in range(ROWS)]
-    return Batch.of(prompts, [ids(ANSWER - 4 * row) for row in range(ROWS)], pad_token_id=3)
+    return Batch.of(prompts, [ids(ANSWER - 4 * row) for row in range(ROWS)], pad_token_id=3, padding_free=False)
+
+
+def given(batch: Batch) -> list[torch.Tensor]:
+    return [*batch.inputs.values(), batch.columns, batch.completion_mask]
 
 
 def actor(*, separate: bool, lora: Lora | None, dtype: torch.dtype, checkpointing: bool = False) -> ActorCritic:
@@ -172,7 +176,7 @@ def test_states_are_those_of_a_real_update(dtype: torch.dtype, lora: Lora | None
     )
     optimizer = make_optimizer(model, recipe)
     batch = ppo_batch()
-    output = model(batch.input_ids, batch.attention_mask, batch.position_ids, ANSWER)
+    output = model(batch)
     (output.logprobs.sum() + output.values.sum()).backward()
     optimizer.step()
     head = [] if separate else [model.value_head.weight]  # the plan of a stage adds it to the policy
@@ -232,10 +236,10 @@ def test_peak_of_a_ppo_update(dtype: torch.dtype, lora: Lora | None, separate: b
     batch = ppo_batch()
 
     def loss() -> torch.Tensor:
-        output = model(batch.input_ids, batch.attention_mask, batch.position_ids, ANSWER)
+        output = model(batch)
         return ((output.logprobs + 0.1 * output.values.square()) * batch.completion_mask).sum()
 
-    known = [batch.input_ids, batch.attention_mask, batch.completion_mask]
+    known = given(batch)
     peak = measured_peak(loss, list(model.parameters()), known=known)
     models = engine(separate=separate, lora=lora, dtype=dtype)
     found = learning(passes_of(models), checkpointing=checkpointing)
@@ -249,11 +253,11 @@ def test_peak_with_a_pretraining_mix(dtype: torch.dtype, checkpointing: bool) ->
     batch, mix = ppo_batch(), ppo_batch()
 
     def loss() -> torch.Tensor:
-        output = model(batch.input_ids, batch.attention_mask, batch.position_ids, ANSWER, mix=mix)
+        output = model(batch, mix=mix)
         assert output.mix_logprobs is not None
         return (output.logprobs * batch.completion_mask).sum() + (output.mix_logprobs * mix.completion_mask).sum()
 
-    known = [tensor for one in (batch, mix) for tensor in (one.input_ids, one.attention_mask, one.completion_mask)]
+    known = [tensor for one in (batch, mix) for tensor in given(one)]
     peak = measured_peak(loss, list(model.parameters()), known=known)
     loaded = planned(dtype=dtype)
     answers_alone = mix_head(loaded, Texts(ROWS, ANSWER + 1))  # here the logits of the prompts are not wanted
@@ -267,10 +271,10 @@ def test_peak_under_autocast() -> None:
 
     def loss() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            output = model(batch.input_ids, batch.attention_mask, batch.position_ids, ANSWER)
+            output = model(batch)
         return ((output.logprobs + output.values.float().square()) * batch.completion_mask).sum()
 
-    known = [batch.input_ids, batch.attention_mask, batch.completion_mask]
+    known = given(batch)
     peak = measured_peak(loss, list(model.parameters()), known=known)
     loaded = dataclasses.replace(planned(), numerics=Numerics(4, 2, 4, autocast=True))
     found = learning(passes_of([loaded]), checkpointing=False)
@@ -281,9 +285,9 @@ def test_peak_under_autocast() -> None:
 def test_peak_of_reading_log_probabilities(separate: bool) -> None:
     model = actor(separate=separate, lora=None, dtype=torch.float32).eval()
     batch = ppo_batch()
-    known = [*model.parameters(), batch.input_ids, batch.attention_mask, batch.completion_mask]
+    known = [*model.parameters(), *given(batch)]
     with torch.no_grad(), Live(known) as live:
-        model(batch.input_ids, batch.attention_mask, batch.position_ids, ANSWER)
+        model(batch)
     models = engine(separate=separate, lora=None, dtype=torch.float32)
     found = reading(passes_of(models))
     assert within(sum(found), live.peak), sum(found) / live.peak

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from alignment import actor_critic
 from alignment import probes as probes_module
 from alignment.__main__ import main
-from alignment.actor_critic import ActorCritic, Batch
+from alignment.actor_critic import ActorCritic
 from alignment.artifact import read_artifact, sha256, write_artifact
 from alignment.distributed import share
 from alignment.generate import Generator
@@ -23,6 +24,7 @@ from alignment.recipe import Sampling
 from alignment.stages import ppo
 from reward.conversation import Conversation, Prompt
 from reward.metrics import Rate
+from reward.padding_free import row_of
 from reward.scorer import FunctionScorer, Score
 from tests import tiny_ppo
 from tests.conftest import ROOT
@@ -243,7 +245,11 @@ def cool_down(patch: pytest.MonkeyPatch) -> None:
 
 
 def misplace(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Batch, "position_ids", property(lambda batch: torch.zeros_like(batch.input_ids)))
+    def at_zero(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        row = row_of(*args, **kwargs)
+        return row | {"position_ids": torch.zeros_like(row["position_ids"])}
+
+    patch.setattr(actor_critic, "row_of", at_zero)
 
 
 def go_stale(patch: pytest.MonkeyPatch) -> None:

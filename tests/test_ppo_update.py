@@ -87,16 +87,17 @@ def mini_batch_recipe(tiny_model: Path, size: int, **ppo: Any) -> PpoRecipe:
 
 
 @pytest.mark.parametrize("trunk", ["shared", "separate"])
+@pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_batches_by_length_give_the_loss_and_the_gradient_of_one_padded_batch(
-    tiny_model: Path, trunk: str, size: int
+    tiny_model: Path, trunk: str, size: int, padding_free: bool
 ) -> None:
     """Expected values: the plain formula over all rows in one batch, by autograd."""
-    learner = learner_of(mini_batch_recipe(tiny_model, size, value_trunk=trunk))
+    learner = learner_of(mini_batch_recipe(tiny_model, size, value_trunk=trunk, padding_free=padding_free))
     rollout, targets = frozen_rollout(learner.model)
     batches = rollout.micro_batches(ROWS, size=size)
     assert sorted(row for batch in batches for row in batch) == list(ROWS)
-    padded = Batch.of(rollout.prompt_ids, rollout.completion_ids, pad_token_id=PAD)
+    padded = Batch.of(rollout.prompt_ids, rollout.completion_ids, pad_token_id=PAD, padding_free=False)
     output = forward(learner.model, padded)
     assert output.values is not None
     policy, clipped = clipped_policy_loss(output.logprobs, rollout.logprobs, targets.advantages, clip_range=0.2)
@@ -116,18 +117,23 @@ def test_batches_by_length_give_the_loss_and_the_gradient_of_one_padded_batch(
 def test_little_is_padded(tiny_model: Path) -> None:
     rollout, _ = frozen_rollout(load_actor_critic(ppo_recipe(tiny_model), pad_token_id=PAD))
 
-    def computed(batches: list[list[int]]) -> int:
-        shapes = [rollout.rows(batch, pad_token_id=PAD, device="cpu").input_ids.shape for batch in batches]
-        return sum(rows * length for rows, length in shapes)
+    def computed(batches: list[list[int]], *, padding_free: bool = False) -> int:
+        layout: Any = {"pad_token_id": PAD, "padding_free": padding_free, "device": "cpu"}
+        return sum(rollout.rows(batch, **layout).inputs["input_ids"].numel() for batch in batches)
 
     in_order = [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert computed(in_order) == 2 * (42 + 20 + 69 + 37)
     assert computed(rollout.micro_batches(ROWS, size=2)) == 2 * (7 + 20 + 32 + 72)
+    assert computed(in_order, padding_free=True) == sum(prompt + completion for prompt, completion in LENGTHS)
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_the_first_ratios_are_exactly_one(tiny_model: Path, renderer: Renderer, size: int) -> None:
-    recipe = ppo_recipe(tiny_model, value_trunk="shared", per_device_batch_size=size)
+def test_the_first_ratios_are_exactly_one(
+    tiny_model: Path, renderer: Renderer, size: int, padding_free: bool
+) -> None:
+    ppo: Any = {"value_trunk": "shared", "per_device_batch_size": size, "padding_free": padding_free}
+    recipe = ppo_recipe(tiny_model, **ppo)
     learner = learner_of(recipe)
     generator = Generator(learner.model.policy, renderer, recipe.sampling)
     rollout = collect_rollout(

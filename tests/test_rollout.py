@@ -86,11 +86,19 @@ def test_the_reference_is_asked_once_the_policy_has_moved(
     torch.testing.assert_close(rollout.ref_logprobs, rollout.logprobs, atol=1e-5 if asked else 0, rtol=0)
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("batches", [[[0], [1], [2]], [[2, 0], [1]], [[1, 2], [0]]])
-def test_what_is_known_of_tokens_does_not_depend_on_the_batch(tiny_model: Path, batches: list[list[int]]) -> None:
+def test_what_is_known_of_tokens_does_not_depend_on_the_batch(
+    tiny_model: Path, batches: list[list[int]], padding_free: bool
+) -> None:
     actor = load_actor_critic(ppo_recipe(tiny_model, value_trunk="shared"), pad_token_id=PAD).eval()
     nn.init.normal_(actor.value_head.weight)
-    options: dict[str, Any] = {"is_start": False, "pad_token_id": PAD, "device": "cpu"}
+    options: dict[str, Any] = {
+        "is_start": False,
+        "pad_token_id": PAD,
+        "padding_free": padding_free,
+        "device": "cpu",
+    }
     together = evaluate_tokens(actor, actor, PROMPT_IDS, COMPLETION_IDS, batches=[[0, 1, 2]], **options)
     apart = evaluate_tokens(actor, actor, PROMPT_IDS, COMPLETION_IDS, batches=batches, **options)
     assert torch.equal(apart[0], together[0])

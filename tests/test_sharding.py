@@ -56,7 +56,8 @@ def read_both_ways(policy: Path, reward_model: Path) -> dict[str, Any]:
         ]
         rank = process_index()
         with torch.no_grad():
-            output = forward(reference, Batch.of(PROMPT_IDS, COMPLETION_IDS, pad_token_id=PAD))
+            batch = Batch.of(PROMPT_IDS, COMPLETION_IDS, pad_token_id=PAD, padding_free=reference.padding_free)
+            output = forward(reference, batch)
         found[name] = {
             "packed": scorers[0].why_padded is None,
             "scores": [[score.value for score in scorer.score(texts_of(rank))] for scorer in scorers],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Generator as Generator_
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from alignment.recipe import Sampling
 from alignment.source_files import SourceError
 from reward.conversation import Prompt
+from reward.padding_free import attending_by_text, row_of, why_padded
 from reward.render import Renderer, TooLong
 
 
@@ -34,6 +36,11 @@ class Generator:
         self.model = model
         self.renderer = renderer
         self.sampling = sampling
+
+    @functools.cached_property
+    def padding_free(self) -> bool:
+        """Whether prompts are read without padding; asked when the weights are there to try it."""
+        return why_padded(causal_model(self.model)) is None
 
     def answer(self, prompts: Sequence[Prompt], *, seed: int, rows: Sequence[int] | None = None) -> list[Completion]:
         """One answer per prompt, in order. TooLong when a prompt exceeds `max_prompt_tokens`.
@@ -78,6 +85,8 @@ class Generator:
         watchers: list[Any] = [] if logprobs is None else [logprobs]
         if seeds is not None:
             watchers.append(RowNoise(seeds, temperature=self.sampling.temperature, device=device))
+        if self.padding_free and len({len(ids) for ids in prompts}) > 1:
+            options["past_key_values"] = read_prompts(causal_model(self.model), prompts, device=device)
         with only_our_settings(self.model):
             output = self.model.generate(
                 input_ids=input_ids.to(device),
@@ -150,12 +159,49 @@ def only_our_settings(model: Any) -> Generator_[None]:
     """Inside, nothing of the checkpoint's own generation_config bends what is drawn (penalties, min_p, ...)."""
     from transformers import GenerationConfig
 
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = causal_model(model)
     own, causal.generation_config = causal.generation_config, GenerationConfig()
     try:
         yield
     finally:
         causal.generation_config = own
+
+
+def causal_model(model: Any) -> Any:
+    """The model of transformers inside a peft model, with the adapters in its layers; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def read_prompts(model: Any, prompts: Sequence[Sequence[int]], *, device: torch.device) -> Any:
+    """Keys and values of prompts of different lengths, for `generate` to go on from: all but each one's last token.
+
+    They are computed without padding and then padded on the left, where `generate` has the prompts' padding too.
+    """
+    from transformers import DynamicCache
+
+    starts = {row: ids[:-1] for row, ids in enumerate(prompts) if len(ids) > 1}
+    longest = max(len(ids) for ids in starts.values())
+    inputs = row_of(list(starts.values()), device=device)
+    with attending_by_text(model):
+        read = model.base_model(**inputs, use_cache=True).past_key_values
+    padded = DynamicCache(config=model.config)
+    for number, layer in enumerate(read.layers):
+        keys, values = (
+            _in_rows(states, starts, shape=(len(prompts), longest)) for states in (layer.keys, layer.values)
+        )
+        padded.update(keys, values, number)
+        layer.keys = layer.values = None  # one layer twice, not all
+    return padded
+
+
+def _in_rows(states: torch.Tensor, texts: Mapping[int, Sequence[int]], *, shape: tuple[int, int]) -> torch.Tensor:
+    """`(1, heads, tokens, size)` of texts behind each other -> `(rows, heads, longest, size)`, at the right edge."""
+    rows, longest = shape
+    found = states.new_zeros(rows, states.shape[1], longest, states.shape[3])
+    parts = states[0].split([len(ids) for ids in texts.values()], dim=1)
+    for row, part in zip(texts, parts, strict=True):
+        found[row, :, longest - part.shape[1] :] = part
+    return found
 
 
 def fitting_prompts(

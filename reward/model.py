@@ -7,6 +7,7 @@ its sigmoid the 0-1 score of the Llama 2 paper.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from torch import Tensor
 from reward.checkpoint import HEAD_NAMES, Checkpoint
 from reward.conversation import Conversation, Message
 from reward.dtype import Dtype, torch_dtype
+from reward.padding_free import attending_by_text, row_of, why_padded
 from reward.render import Renderer, TooLong
 from reward.scorer import Scale, Score, ScorerError
-from reward.shared_prefix import Group, pack, packed_scores, why_not_packed
+from reward.shared_prefix import Group, outputs_of_head, pack, packed_scores, why_not_packed
 
 
 class RewardModel:
@@ -97,6 +99,10 @@ class RewardModel:
             shared_prefix=shared_prefix,
             keep_tail=keep_tail,
         )
+
+    @functools.cached_property
+    def _attends_by_text(self) -> bool:
+        return why_padded(self.module) is None
 
     @property
     def tokenizer(self) -> Any:
@@ -180,6 +186,11 @@ class RewardModel:
     def forward_packed(self, groups: Sequence[Sequence[Sequence[int]]]) -> Tensor:
         """Raw scores `(n,)` in float32 of the texts of all groups; each group's common beginning is computed once."""
         device = next(self.module.parameters()).device
+        if self._attends_by_text and all(len(group) == 1 for group in groups):
+            row = row_of([text for (text,) in groups], device=device)
+            with attending_by_text(self.module):
+                outputs = outputs_of_head(self._run, self.module.score, row)[0]
+            return outputs[torch.tensor(row["text_lengths"]).cumsum(dim=0) - 1].squeeze(-1).float().cpu()
         hidden_size = self.module.config.get_text_config().hidden_size
         packed = pack(
             [Group.of(texts) for texts in groups],

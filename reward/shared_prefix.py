@@ -149,19 +149,24 @@ def packed_scores(model: Any, head: Any, texts: PackedTexts) -> Tensor:
     `model` may be an engine around the classifier; `head` is the classifier's regression head, whose output at every
     position is read, since a stock classifier returns that of each row's last token only.
     """
+    inputs = {
+        "input_ids": texts.input_ids,
+        "attention_mask": texts.attention_mask(),
+        "position_ids": texts.position_ids,
+    }
+    rows, columns = texts.ends.unbind(dim=1)
+    return outputs_of_head(model, head, inputs)[rows, columns].squeeze(-1).float()
+
+
+def outputs_of_head(model: Any, head: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """`(rows, length, 1)`: what the regression head says at every position."""
     captured: list[Tensor] = []
     hook = head.register_forward_hook(lambda _module, _inputs, output: captured.append(output))
     try:
-        model(
-            input_ids=texts.input_ids,
-            attention_mask=texts.attention_mask(),
-            position_ids=texts.position_ids,
-            use_cache=False,
-        )
+        model(**inputs, use_cache=False)
     finally:
         hook.remove()
-    rows, columns = texts.ends.unbind(dim=1)
-    return captured[0][rows, columns].squeeze(-1).float()
+    return captured[0]
 
 
 def why_not_packed(classifier: Any) -> str | None:

@@ -108,9 +108,7 @@ class ActorCritic(nn.Module):
 
     is_gradient_checkpointing = False  # read by TRL when it unwraps the engine for generation
 
-    def __init__(
-        self, policy: Any, *, value_model: Any | None, temperature: float, padding_free: bool = False
-    ) -> None:
+    def __init__(self, policy: Any, *, value_model: Any | None, temperature: float, padding_free: bool = False) -> None:
         super().__init__()
         self.config = policy.config
         self.policy = policy
@@ -275,9 +273,7 @@ def load_reference(recipe: PpoRecipe, *, pad_token_id: int, dtype: torch.dtype |
     with sharded_weights(dtype) if sharded else whole_weights():
         model = load_model(recipe.model, init=recipe.model_init, pad_token_id=pad_token_id)
     padding_free = _spare_padding(recipe, model)
-    reference = ActorCritic(
-        model, value_model=None, temperature=recipe.sampling.temperature, padding_free=padding_free
-    )
+    reference = ActorCritic(model, value_model=None, temperature=recipe.sampling.temperature, padding_free=padding_free)
     reference.eval().requires_grad_(False)
     if sharded:
         return frozen_engine(reference)

@@ -61,7 +61,7 @@ def likely_cause(engine: Any, generator: Generator, rollout: Rollout, *, tempera
     if generator.sampling.temperature != temperature:
         return f"answers are drawn at temperature {generator.sampling.temperature:g} and evaluated at {temperature:g}"
     if differ(once, trainer):
-        return "an answer alone has other log-probabilities than in a padded batch: attention mask or position ids"
+        return "an answer alone has other log-probabilities than beside others: attention mask or position ids"
     if not differ(sampler, reference):
         return "the sampler has the weights of the start: it does not get the updates, or its adapter is off"
     return "the sampler computes otherwise than the training forward pass: other weights, number format or kernels"
@@ -72,11 +72,9 @@ def _alone(engine: Any, generator: Generator, rollout: Rollout) -> Tensor:
     rows = min(_ASKED_AGAIN, len(rollout.completion_ids))
     found = torch.zeros(rows, rollout.completion_mask.shape[1])
     device = next(generator.model.parameters()).device
+    pad = generator.renderer.tokenizer.pad_token_id
     for row in range(rows):
-        prompt, completion = rollout.prompt_ids[row], rollout.completion_ids[row]
-        ids = torch.tensor([[*prompt, *completion]], device=device)
-        positions = torch.arange(ids.shape[1], device=device).unsqueeze(0)
         with torch.no_grad():
-            output = engine(ids, torch.ones_like(ids), positions, len(completion))
-        found[row, : len(completion)] = output.logprobs[0].float().cpu()
+            output = engine(rollout.rows([row], pad_token_id=pad, padding_free=False, device=device))
+        found[row, : output.logprobs.shape[1]] = output.logprobs[0].float().cpu()
     return found

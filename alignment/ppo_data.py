@@ -99,9 +99,7 @@ class PretrainingMix:
             prompts.append(rendered.input_ids[:start])
             completions.append(rendered.input_ids[start:])
             masks.append(rendered.completion_mask[start:])
-        batch = Batch.of(
-            prompts, completions, pad_token_id=self.pad_token_id, padding_free=padding_free, device=device
-        )
+        batch = Batch.of(prompts, completions, pad_token_id=self.pad_token_id, padding_free=padding_free, device=device)
         mask = torch.zeros_like(batch.completion_mask, device="cpu")
         for row, flags in enumerate(masks):
             mask[row, : len(flags)] = torch.tensor(flags)

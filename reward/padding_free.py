@@ -50,8 +50,12 @@ def sdpa_by_text(
 
     if text_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    texts = zip(*(states.split(text_lengths, dim=2) for states in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *text, None, **kwargs)[0] for text in texts], dim=1), None
+    queries, keys, values = (states.split(text_lengths, dim=2) for states in (query, key, value))
+    outputs = [
+        sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
+        for q, k, v in zip(queries, keys, values, strict=True)
+    ]
+    return torch.cat(outputs, dim=1), None
 
 
 def attend_by_text(model: Any) -> None:

@@ -43,8 +43,8 @@ def first_batch(
     def record(run: Any, scores: Any, rollout: Rollout, loop: Any) -> Any:
         batch = rollout.rows(range(8), pad_token_id=run.pad_token_id, padding_free=True, device="cpu")
         tensors = {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
+            "input_ids": batch.inputs["input_ids"],
+            "position_ids": batch.inputs["position_ids"],
             "logprobs": rollout.logprobs,
             "ref_logprobs": rollout.ref_logprobs,
             "values": rollout.values,

@@ -50,13 +50,15 @@ def mix_of(recipe: PpoRecipe, renderer: Renderer, *, max_length: int = 512) -> P
     return PretrainingMix(CONVERSATIONS, renderer, recipe, max_length=max_length)
 
 
-def test_the_mask_has_every_token_of_the_assistant_and_no_other(tiny_model: Path, renderer: Renderer) -> None:
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_the_mask_has_every_token_of_the_assistant_and_no_other(
+    tiny_model: Path, renderer: Renderer, padding_free: bool
+) -> None:
     mix = mix_of(recipe_with_mix(tiny_model), renderer)
-    batch = mix.batch(range(4), iteration=0, device="cpu")
-    length = batch.completion_mask.shape[1]
+    batch = mix.batch(range(4), iteration=0, padding_free=padding_free, device="cpu")
     texts = sorted(
         renderer.tokenizer.decode(ids[mask])
-        for ids, mask in zip(batch.input_ids[:, -length:], batch.completion_mask, strict=True)
+        for ids, mask in zip(batch.in_rows(batch.tokens), batch.completion_mask, strict=True)
     )
     end = renderer.tokenizer.eos_token
     expected = ("".join(m.content + end for m in c.messages if m.role == "assistant") for c in CONVERSATIONS)

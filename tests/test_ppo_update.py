@@ -129,9 +129,7 @@ def test_little_is_padded(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_the_first_ratios_are_exactly_one(
-    tiny_model: Path, renderer: Renderer, size: int, padding_free: bool
-) -> None:
+def test_the_first_ratios_are_exactly_one(tiny_model: Path, renderer: Renderer, size: int, padding_free: bool) -> None:
     ppo: Any = {"value_trunk": "shared", "per_device_batch_size": size, "padding_free": padding_free}
     recipe = ppo_recipe(tiny_model, **ppo)
     learner = learner_of(recipe)

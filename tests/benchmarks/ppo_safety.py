@@ -133,7 +133,7 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
     }
     dangerous = file(arguments.work, "train-dangerous", max_rows=arguments.dangerous)
     harmless = [
-        file(arguments.work, "train-harmless"),
+        file(arguments.work, "train-harmless", max_rows=arguments.harmless),
         Source(name="starter_borderline", max_rows=arguments.borderline),
     ]
     probes = {
@@ -156,6 +156,8 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
             "sampling": {"temperature": 0.7, "max_new_tokens": 48, "max_prompt_tokens": 96, "batch_size": 32},
             "ppo": {
                 "learning_rate": arguments.learning_rate,
+                "lr_scheduler_type": "linear",  # where it ends is then a mean of many iterations, not the last one
+                "warmup_min_steps": 8,  # the first iteration
                 "value_learning_rate": 1e-3,
                 "num_iterations": arguments.iterations,
                 "batch_size": arguments.batch_size,
@@ -198,10 +200,11 @@ def measure(arguments: Any, checkpoints: dict[str, str]) -> Mapping[str, Any]:
 def parse_arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/ppo-safety"))
-    parser.add_argument("--iterations", type=int, default=14)
+    parser.add_argument("--iterations", type=int, default=18)
     parser.add_argument("--batch-size", type=int, default=128, help="answers an iteration, in four steps")
-    parser.add_argument("--dangerous", type=int, default=500, help="red-team prompts that PPO draws from")
-    parser.add_argument("--borderline", type=int, default=180, help="of the starter's borderline prompts")
+    parser.add_argument("--dangerous", type=int, default=250, help="red-team prompts that PPO draws from")
+    parser.add_argument("--harmless", type=int, default=250, help="of CoCoNot's prompts that look dangerous")
+    parser.add_argument("--borderline", type=int, default=180, help="of the starter's, which are most like XSTest's")
     parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--kl-coef", type=float, default=0.02)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "fast"), default="fast")

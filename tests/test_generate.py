@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from alignment.generate import Completion, Generator, batched, derive_seed, fitting_prompts, pad_left
+from alignment.generate import Completion, Generator, batched, derive_seed, fitting_prompts, pad_left, read_prompts
 from alignment.policy import load_model
 from alignment.recipe import ModelInit, Sampling
 from alignment.rollout import sample_answers
@@ -232,3 +232,36 @@ def test_a_prompt_over_the_limit_is_refused(model: Any, renderer: Renderer) -> N
 
 def test_no_prompts_have_no_answers(model: Any, renderer: Renderer) -> None:
     assert Generator(model, renderer, Sampling()).answer([], seed=0) == []
+
+
+# ------------------------------------------------------------------------------------------- without padding
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_prompts_read_without_padding_give_the_same_answers(model: Any, renderer: Renderer, temperature: float) -> None:
+    """A prompt of one token has nothing to be read before `generate` begins."""
+    prompts = [[5, 6, 7, 8, 9, 10], [11], list(range(20, 60)), [12, 13]]
+    generator = Generator(model, renderer, Sampling(temperature=temperature, max_new_tokens=12, max_prompt_tokens=64))
+    assert generator.padding_free
+    seeds = None if temperature == 0 else [1, 2, 3, 4]
+    found, length = generator.sample(prompts, seeds=seeds)
+    generator.padding_free = False
+    expected, padded_length = generator.sample(prompts, seeds=seeds)
+    assert length == padded_length == 40
+    assert torch.equal(found, expected)
+    for row, prompt in enumerate(prompts) if temperature == 0 else ():
+        first = int(found[row, length])
+        assert first == int(next_logits(model, prompt).argmax())
+
+
+def test_what_is_read_without_padding_is_what_each_prompt_reads_alone(model: Any) -> None:
+    prompts = [[5, 6, 7, 8], [11], list(range(20, 30))]
+    cache = read_prompts(model, prompts, device=torch.device("cpu"))
+    assert cache.get_seq_length() == 9
+    for row, prompt in enumerate(prompts):
+        length = len(prompt) - 1
+        alone = model(input_ids=torch.tensor([prompt]), use_cache=True).past_key_values
+        for padded, plain in zip(cache.layers, alone.layers, strict=True):
+            for found, expected in ((padded.keys, plain.keys), (padded.values, plain.values)):
+                torch.testing.assert_close(found[row, :, 9 - length :], expected[0, :, :length], atol=1e-5, rtol=1e-4)
+                assert not found[row, :, : 9 - length].any()

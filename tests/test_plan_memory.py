@@ -35,6 +35,7 @@ from alignment.ppo_state import make_optimizer
 from alignment.recipe import Ppo, PpoRecipe
 from alignment.recipe_parts import Data, Lora, ModelInit, Source
 from alignment.recipe_scorers import RefusalScorer
+from reward.padding_free import attend_by_text
 from reward.shared_prefix import Group, pack, packed_scores
 from tests.measured import Live, stored
 
@@ -89,7 +90,8 @@ def ppo_batch() -> Batch:
 
 
 def given(batch: Batch) -> list[torch.Tensor]:
-    return [*batch.inputs.values(), batch.columns, batch.completion_mask]
+    tensors = [*batch.inputs.values(), batch.columns, batch.completion_mask, batch.present]
+    return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
 
 
 def actor(*, separate: bool, lora: Lora | None, dtype: torch.dtype, checkpointing: bool = False) -> ActorCritic:
@@ -242,6 +244,28 @@ def test_peak_of_a_ppo_update(dtype: torch.dtype, lora: Lora | None, separate: b
     known = given(batch)
     peak = measured_peak(loss, list(model.parameters()), known=known)
     models = engine(separate=separate, lora=lora, dtype=dtype)
+    found = learning(passes_of(models), checkpointing=checkpointing)
+    assert within(sum(found), peak), (sum(found) / peak, found)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peak_of_a_ppo_update_without_padding(separate: bool, checkpointing: bool) -> None:
+    """Where all texts are as long as planned; shorter ones need less then."""
+    model = actor(separate=separate, lora=None, dtype=torch.float32, checkpointing=checkpointing).train()
+    for part in (model.policy, model.value_model) if separate else (model.policy,):
+        attend_by_text(part)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, 512, (ROWS, PROMPT + ANSWER), generator=draw).tolist()
+    prompts, answers = [row[:PROMPT] for row in ids], [row[PROMPT:] for row in ids]
+    batch = Batch.of(prompts, answers, pad_token_id=3, padding_free=True)
+
+    def loss() -> torch.Tensor:
+        output = model(batch)
+        return (output.logprobs + 0.1 * output.values.square()).sum()
+
+    peak = measured_peak(loss, list(model.parameters()), known=given(batch))
+    models = engine(separate=separate, lora=None, dtype=torch.float32)
     found = learning(passes_of(models), checkpointing=checkpointing)
     assert within(sum(found), peak), (sum(found) / peak, found)
 

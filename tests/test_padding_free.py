@@ -1,4 +1,4 @@
-"""`reward.padding_free`: a text in a row with others is computed as if it were alone. Expected values: each text alone."""
+"""`reward.padding_free`: a text in a row with others is computed as if it were alone."""
 
 from __future__ import annotations
 

@@ -124,18 +124,23 @@ class PpoModels:
     @property
     def micro_batch(self) -> Texts:
         rows = self.recipe.ppo.mini_batch_size // self.layout.gpus
-        return self.rollout.texts(min(self.recipe.ppo.per_device_batch_size, rows))
+        texts = self.rollout.texts(min(self.recipe.ppo.per_device_batch_size, rows))
+        return dataclasses.replace(texts, masked=self._masked)
 
     @property
     def mix(self) -> Texts | None:
         """Conversations of the pretraining mix beside a micro-batch."""
         data = self.recipe.ptx_data
-        return None if data is None else Texts(self.micro_batch.rows, data.max_length)
+        return None if data is None else Texts(self.micro_batch.rows, data.max_length, masked=self._masked)
+
+    @property
+    def _masked(self) -> bool:
+        return not self.recipe.ppo.padding_free or self.policy.attention != "sdpa"
 
     def passes(self, *, learning: bool) -> list[Pass]:
         """Of a micro-batch through the engine; the pretraining mix is read to learn from it alone."""
         texts = self.micro_batch
-        found = [Pass(self.policy, texts, ppo_head(self.policy, texts.rows, self.rollout.answer + 1))]
+        found = [Pass(self.policy, texts, ppo_head(self.policy, texts.rows, self.rollout.answer))]
         if self.value is not None:
             found.append(Pass(self.value, texts))
         if learning and self.mix is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -102,22 +101,28 @@ class ActorCritic(nn.Module):
     """`policy` with a value head on its trunk (`value_model` None) or with a separate value model.
 
     A policy that has the adapter `VALUE_ADAPTER` gives its trunk with that one to the value head. Log-probabilities are
-    those of the distribution that was sampled from: logits over `temperature`. `padding_free`: it takes batches without
-    padding.
+    those of the distribution that was sampled from: logits over `temperature`. `why_padded`: why it takes no batches
+    without padding (None: it does).
     """
 
     is_gradient_checkpointing = False  # read by TRL when it unwraps the engine for generation
 
-    def __init__(self, policy: Any, *, value_model: Any | None, temperature: float, padding_free: bool = False) -> None:
+    def __init__(
+        self, policy: Any, *, value_model: Any | None, temperature: float, why_padded: str | None = "switched off"
+    ) -> None:
         super().__init__()
         self.config = policy.config
         self.policy = policy
         self.value_model = value_model
         self.temperature = temperature
-        self.padding_free = padding_free
+        self.why_padded = why_padded
         if value_model is None:
             self.value_head = nn.Linear(policy.config.hidden_size, 1, bias=False, dtype=policy.dtype)
             nn.init.zeros_(self.value_head.weight)
+
+    @property
+    def padding_free(self) -> bool:
+        return self.why_padded is None
 
     @property
     def has_adapter(self) -> bool:
@@ -207,7 +212,7 @@ def load_actor_critic(recipe: PpoRecipe, *, pad_token_id: int) -> ActorCritic:
         if recipe.value_model is None:
             with gathered(value_model.score.parameters()):
                 nn.init.zeros_(value_model.score.weight)
-    padding_free = _spare_padding(recipe, *(model for model in (policy, value_model) if model is not None))
+    reason = _spare_padding(recipe, *(model for model in (policy, value_model) if model is not None))
     if recipe.lora is not None:
         policy = add_lora(policy, recipe.lora, head="causal_lm")
         if value_model is not None:
@@ -219,23 +224,20 @@ def load_actor_critic(recipe: PpoRecipe, *, pad_token_id: int) -> ActorCritic:
             disable_dropout(model)
             if recipe.ppo.gradient_checkpointing:
                 _checkpoint_gradients(model)
-    return ActorCritic(
-        policy, value_model=value_model, temperature=recipe.sampling.temperature, padding_free=padding_free
-    )
+    return ActorCritic(policy, value_model=value_model, temperature=recipe.sampling.temperature, why_padded=reason)
 
 
-def _spare_padding(recipe: PpoRecipe, *models: Any) -> bool:
-    """Have the models take batches without padding, if the recipe wants it and all of them can."""
+def _spare_padding(recipe: PpoRecipe, *models: Any) -> str | None:
+    """Have the models take batches without padding, if the recipe wants it and all of them can; else why not."""
     if not recipe.ppo.padding_free:
-        return False
+        return "switched off"
     for model in models:
         reason = why_padded(model)
         if reason is not None:
-            warnings.warn(f"ppo.padding_free: texts are padded: {reason}", stacklevel=2)
-            return False
+            return reason
     for model in models:
         attend_by_text(model)
-    return True
+    return None
 
 
 def _add_value_adapter(policy: Any) -> None:
@@ -272,8 +274,8 @@ def load_reference(recipe: PpoRecipe, *, pad_token_id: int, dtype: torch.dtype |
     sharded = recipe.ppo.reference == "sharded"
     with sharded_weights(dtype) if sharded else whole_weights():
         model = load_model(recipe.model, init=recipe.model_init, pad_token_id=pad_token_id)
-    padding_free = _spare_padding(recipe, model)
-    reference = ActorCritic(model, value_model=None, temperature=recipe.sampling.temperature, padding_free=padding_free)
+    reason = _spare_padding(recipe, model)
+    reference = ActorCritic(model, value_model=None, temperature=recipe.sampling.temperature, why_padded=reason)
     reference.eval().requires_grad_(False)
     if sharded:
         return frozen_engine(reference)

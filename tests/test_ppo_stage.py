@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from alignment.__main__ import main
 from alignment.distributed import close, make_accelerator
 from alignment.objectives import Moments
 from alignment.ppo_state import LoopState
@@ -17,6 +18,8 @@ from alignment.rollout import Rollout
 from alignment.stages.ppo import judge, rollout_metrics, whiten_scores
 from reward.conversation import Conversation, Prompt
 from reward.scorer import FunctionScorer, LagrangianScorer, Score, Scorer, ScorerError
+from tests.interrupted import history, make_parents, ppo_words
+from tests.one_process import forget_accelerate
 from tests.ranks import on_ranks
 from tests.tiny_ppo import ppo_recipe
 
@@ -166,3 +169,24 @@ def test_an_answer_that_was_cut_off_costs_the_penalty_after_whitening(over: str)
     found, scored, _ = whiten_scores(run, scores, rollout, loop)
     assert found.numpy() == pytest.approx(expected, rel=1e-5)
     assert scored.tolist() == valid.tolist()
+
+
+def test_a_run_without_padding_is_a_run_with_padding(
+    tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Three iterations with a value model of its own; where the attention cannot go by text, the stage says so."""
+    parents = make_parents(tmp_path / "parents", tiny_model)
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, words in {
+        "free": (),
+        "padded": ("--ppo.padding_free", "false"),
+        "eager": ("--model_init.attn_implementation", "eager"),
+    }.items():
+        forget_accelerate()
+        assert main(ppo_words(parents, tmp_path / name, *words)) == 0
+        found[name] = history(tmp_path / name)
+        told = "texts are padded: attention 'eager' takes no block mask; use sdpa"
+        assert (told in capfd.readouterr().out) == (name == "eager")
+    for name in ("padded", "eager"):
+        for ours, theirs in zip(found["free"], found[name], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=2e-5)

@@ -68,6 +68,8 @@ def run(recipe: PpoRecipe) -> Artifact | None:
     accelerator = make_accelerator(gradient_accumulation_steps=accumulation_steps(recipe))
     workspace = open_workspace(recipe)
     actor_critic = load_actor_critic(recipe, pad_token_id=tokenizer.pad_token_id)
+    if recipe.ppo.padding_free and not actor_critic.padding_free and is_main_process():
+        print(f"texts are padded: {actor_critic.why_padded}", flush=True)
     configure_engine(accelerator, recipe)
     model, optimizer = accelerator.prepare(actor_critic, make_optimizer(actor_critic, recipe))
     dtype = next(actor_critic.policy.parameters()).dtype

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from alignment.artifact import write_json
 from alignment.recipe import Data, EvaluateRecipe, PpoRecipe, RewardModelRecipe, SftRecipe, Source, StageRecipe
+from alignment.recipe_file import dump_recipe
 from alignment.stages import run_stage
 from alignment.workspace import complete_artifact
 from tests.benchmarks.ppo_safety_texts import NUM_PROBES, file, write_prompts, write_sampled, write_texts
@@ -42,7 +45,7 @@ def main() -> None:
     curves: dict[str, Any] = {}
     for seed in arguments.seeds:
         recipe = ppo_recipe(arguments, seed)
-        run_once(recipe)
+        run_once(recipe, launch=arguments.launch)
         checkpoints[f"seed {seed}"] = recipe.output_dir
         lines = (Path(recipe.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         curves[f"seed {seed}"] = [json.loads(line) for line in lines]
@@ -54,9 +57,17 @@ def main() -> None:
         write_json(arguments.json, {"settings": settings, "curves": curves, "evaluation": dict(found)})
 
 
-def run_once(recipe: StageRecipe) -> None:
-    if complete_artifact(recipe) is None:
+def run_once(recipe: StageRecipe, *, launch: Path | None = None) -> None:
+    """`launch`: accelerate's file of the processes on which it runs (None: in this one)."""
+    if complete_artifact(recipe) is not None:
+        return
+    if launch is None:
         run_stage(recipe)
+        return
+    path = Path(f"{recipe.output_dir}.yaml")
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    words = ["-m", "alignment.launch", "--config_file", str(launch), "-m", "alignment", "--config", str(path)]
+    subprocess.run([sys.executable, *words], check=True)
 
 
 # --------------------------------------------------------------------------------------------------------- recipes
@@ -207,6 +218,7 @@ def parse_arguments() -> Any:
     parser.add_argument("--borderline", type=int, default=180, help="of the starter's, which are most like XSTest's")
     parser.add_argument("--learning-rate", type=float, default=8e-4, help="at its highest")
     parser.add_argument("--kl-coef", type=float, default=0.02)
+    parser.add_argument("--launch", type=Path, help="run PPO by this file of launch/ instead of in one process")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "fast"), default="fast")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--json", type=Path)

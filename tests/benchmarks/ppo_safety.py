@@ -74,7 +74,7 @@ def run_once(recipe: StageRecipe, *, launch: Path | None = None) -> None:
 
 
 def sft_recipe(arguments: Any, name: str, *more: Source) -> SftRecipe:
-    harmless = [Source(name="starter_borderline", max_rows=100), Source(name="starter_twins")]
+    harmless = [Source(name="starter_borderline"), Source(name="starter_twins")]
     sources = [file(arguments.work, f"taught-{name}"), *harmless, *more]
     return SftRecipe.model_validate(
         {
@@ -99,7 +99,7 @@ def reward_model_recipes(arguments: Any) -> list[RewardModelRecipe]:
             file(arguments.work, "look-alikes", max_rows=250),
             Source(name="pku_saferlhf", max_rows=250),
             Source(name="starter_safety", max_rows=150),
-            Source(name="starter_borderline", max_rows=100),
+            Source(name="starter_borderline"),
         ],
         "helpfulness": [
             file(arguments.work, "answered"),
@@ -149,8 +149,10 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
     ]
     probes = {
         "adversarial": Data(sources=[file(arguments.work, "probe-dangerous")]),
-        "borderline": Data(sources=[file(arguments.work, "probe-harmless")]),
-        "max_prompts": NUM_PROBES,
+        "borderline": Data(
+            sources=[file(arguments.work, "probe-harmless"), Source(name="starter_borderline", split="test")]
+        ),
+        "max_prompts": 3 * NUM_PROBES,
         "max_new_tokens": 48,
         "steps": 5,
     }
@@ -213,9 +215,9 @@ def parse_arguments() -> Any:
     parser.add_argument("--work", type=Path, default=Path("runs/ppo-safety"))
     parser.add_argument("--iterations", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=128, help="answers an iteration, in four steps")
-    parser.add_argument("--dangerous", type=int, default=430, help="red-team prompts that PPO draws from")
+    parser.add_argument("--dangerous", type=int, default=490, help="red-team prompts that PPO draws from")
     parser.add_argument("--harmless", type=int, default=250, help="of CoCoNot's prompts that look dangerous")
-    parser.add_argument("--borderline", type=int, default=180, help="of the starter's, which are most like XSTest's")
+    parser.add_argument("--borderline", type=int, default=240, help="of the starter's, which are most like XSTest's")
     parser.add_argument("--learning-rate", type=float, default=9e-4, help="at its highest")
     parser.add_argument("--kl-coef", type=float, default=0.02)
     parser.add_argument("--launch", type=Path, help="run PPO by this file of launch/ instead of in one process")

@@ -236,10 +236,10 @@ def instruction_conversation(row: Row) -> Conversation:
 
 
 def xstest_tags(row: Row) -> Tags:
-    """The safe half only looks unsafe (Röttger et al., arXiv 2308.01263)."""
+    """The safe half only looks unsafe, in ten ways (Röttger et al., arXiv 2308.01263)."""
     if row["label"] not in ("safe", "unsafe"):
         raise RecordError(f"label must be safe or unsafe, got {row['label']!r}")
-    return Tags(borderline=row["label"] == "safe", is_safety=row["label"] == "unsafe")
+    return Tags(borderline=row["label"] == "safe", is_safety=row["label"] == "unsafe", kind=row["type"])
 
 
 def safety_tuned_llamas_tags(row: Row) -> Tags:
@@ -266,7 +266,13 @@ def starter_conversation(row: Row) -> Conversation:
 
 # ----------------------------------------------------------------------------------- any table, by column names
 
-_TAGS: dict[str, type] = {"risk_category": str, "attack_vector": str, "is_safety": bool, "borderline": bool}
+_TAGS: dict[str, type] = {
+    "risk_category": str,
+    "attack_vector": str,
+    "is_safety": bool,
+    "borderline": bool,
+    "kind": str,
+}
 _FIELDS: dict[Shape, tuple[str, ...]] = {
     "preferences": ("prompt", "chosen", "rejected", "rating", "chosen_safe", "rejected_safe", "label_source"),
     "conversations": ("messages", "prompt", "completion"),

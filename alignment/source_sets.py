@@ -97,9 +97,9 @@ _TABLE: dict[Shape, Parser] = {shape: column_parser(shape, None) for shape in TA
 
 SOURCES: dict[str, SourceInfo] = {
     "starter_safety": _starter("safety", starter_safety_tags),
-    "starter_borderline": _starter("borderline", lambda row: Tags(borderline=True)),
-    "starter_twins": _starter("twins", lambda row: Tags(borderline=True)),
-    "starter_helpful": _starter("helpful", lambda row: Tags()),
+    "starter_borderline": _starter("borderline", lambda row: Tags(borderline=True, kind=row["kind"])),
+    "starter_twins": _starter("twins", lambda row: Tags(borderline=True, kind=row["kind"])),
+    "starter_helpful": _starter("helpful", lambda row: Tags(kind=row["kind"])),
     "hh_harmless": _hh("harmless-base", is_safety=True),
     "hh_helpful": _hh("helpful-base", is_safety=False),
     "pku_saferlhf": SourceInfo(

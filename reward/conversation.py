@@ -107,17 +107,18 @@ class Tags:
     """What is known about a prompt beside its text.
 
     `is_safety` is the paper's tag on prompts that may elicit unsafe answers (Llama 2, section 3.2.3); `borderline`
-    marks benign prompts that look unsafe (section 4.2.3, false refusal).
+    marks benign prompts that look unsafe (section 4.2.3, false refusal), `kind` says why they do.
     """
 
     risk_category: str | None = None
     attack_vector: str | None = None
     is_safety: bool = False
     borderline: bool = False
+    kind: str | None = None
     source: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("risk_category", "attack_vector", "source"):
+        for name in ("risk_category", "attack_vector", "kind", "source"):
             if not isinstance(getattr(self, name), str | None):
                 raise RecordError(f"the tag {name} must be text or null, got {getattr(self, name)!r}")
             _check_unicode(getattr(self, name) or "", name=f"the tag {name}")

@@ -213,6 +213,7 @@ tags = st.builds(
     attack_vector=st.none() | st.sampled_from(ATTACK_VECTORS),
     is_safety=st.booleans(),
     borderline=st.booleans(),
+    kind=st.none() | texts,
     source=st.none() | texts | st.just(""),
 )
 

@@ -172,6 +172,33 @@ def test_further_prompt_sets_stand_in_a_table_of_their_own(tmp_path: Path) -> No
     ]
 
 
+def test_false_refusals_by_kind_by_hand(tmp_path: Path) -> None:
+    """Three prompts of each kind: before PPO one figure of speech is refused, after it all homonyms and no more."""
+
+    def edit(rows: Rows) -> None:
+        for row in rows:
+            kind, text = row["tags"].get("kind"), row["prompt"][0]["content"]
+            if kind is not None:
+                row["refused"] = kind == "homonym" if row["checkpoint"] == "ppo" else "process 1 " in text
+
+    run_dir = make_run(tmp_path, checkpoints=("base", "ppo"), num_adversarial=5, num_benign=9, edit=edit)
+    text = read_page(run_dir).text
+    report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
+    counts = {
+        name: {
+            kind: (rates["false_refusal"]["count"], rates["false_refusal"]["n"])
+            for kind, rates in part["prompt_sets"]["borderline"]["by_kind"].items()
+        }
+        for name, part in report["checkpoints"].items()
+    }
+    none, one, all_three = (0, 3), (1, 3), (3, 3)
+    assert counts == {
+        "base": {"figurative": one, "homonym": none, "safe_target": none},
+        "ppo": {"figurative": none, "homonym": all_three, "safe_target": none},
+    }
+    assert re.search(r"homonym\s+0\.0% →\s+100\.0%", text)
+
+
 def test_parents_are_named_by_their_step(built: Path) -> None:
     report = json.loads((built / "report.json").read_text(encoding="utf-8"))
     steps = {step["step"]: step for step in report["steps"]}

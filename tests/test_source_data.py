@@ -58,6 +58,7 @@ def test_starter_set(name: str) -> None:
             assert prompt.text == row["prompt"]
             assert prompt.tags.risk_category == row.get("risk_category")
             assert prompt.tags.attack_vector == row.get("attack_vector")
+            assert prompt.tags.kind == row.get("kind")
             assert (prompt.tags.is_safety, prompt.tags.borderline) == (
                 name == "safety",
                 name in ("borderline", "twins"),
@@ -191,6 +192,9 @@ def test_evaluation_sets(real: Path) -> None:
     xstest = prompts(Source(name="xstest", split="test"))
     assert {record.text: ("safe" if record.tags.borderline else "unsafe") for record in xstest.records} == labels
     assert Counter(record.tags.is_safety for record in xstest.records) == {False: 250, True: 200}
+    kinds = Counter(record.tags.kind for record in xstest.records if record.tags.borderline)
+    assert len(kinds) == 10, kinds
+    assert set(kinds.values()) == {25}, "25 prompts of each type, as the paper says"
 
     files = sorted((real / "safety_tuned_llamas_eval").glob("*.json"))
     asked = {text for file in files for text in json.loads(file.read_text(encoding="utf-8"))["instructions"]}

@@ -257,10 +257,11 @@ def test_faulty_instructions(values: dict[str, Any], reason: str) -> None:
 
 
 def test_tags_of_evaluation_sets() -> None:
-    assert xstest_tags(row(label="safe")) == Tags(borderline=True)
-    assert xstest_tags(row(label="unsafe")) == Tags(is_safety=True)
+    assert xstest_tags(row(label="safe", type="homonyms")) == Tags(borderline=True, kind="homonyms")
+    unsafe = row(label="unsafe", type="contrast_homonyms")
+    assert xstest_tags(unsafe) == Tags(is_safety=True, kind="contrast_homonyms")
     with pytest.raises(RecordError, match="label must be safe or unsafe"):
-        xstest_tags(row(label="other"))
+        xstest_tags(row(label="other", type="homonyms"))
     assert safety_tuned_llamas_tags(row("data/I-CoNa.json")) == Tags(is_safety=True)
     assert safety_tuned_llamas_tags(row("data/I-PhysicalSafetyUnsafe.json")) == Tags(is_safety=True)
     assert safety_tuned_llamas_tags(row("data/I-PhysicalSafetySafe.json")) == Tags(borderline=True)

@@ -103,7 +103,9 @@ def rate_bars(checkpoints: Sequence[str], series: Mapping[str, Sequence[JsonObje
     return _svg(draw, width=5.2, height=3.9)
 
 
-def before_and_after(groups: Mapping[str, tuple[JsonObject, JsonObject]], *, before: str, after: str) -> str:
+def before_and_after(
+    groups: Mapping[str, tuple[JsonObject, JsonObject]], *, before: str, after: str, rate_name: str
+) -> str:
     """Two dots per group: the first checkpoint's rate above the last one's."""
     bottom_up = list(groups.items())[::-1]
 
@@ -122,7 +124,7 @@ def before_and_after(groups: Mapping[str, tuple[JsonObject, JsonObject]], *, bef
         axes.grid(visible=False, axis="y")
         axes.set_xlim(0, 100)
         axes.set_ylim(-0.6, len(groups) - 0.4)
-        axes.set_xlabel("violation rate, %")
+        axes.set_xlabel(f"{rate_name}, %")
         figure.legend(loc="outside upper right", ncols=2, fontsize=8.5, handletextpad=0.2)
 
     return _svg(draw, width=5.2, height=1.3 + 0.42 * len(groups))

@@ -25,6 +25,8 @@ REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 TEMPLATE = "report.html.jinja"
 
+GROUPS = {"violation": ("by_risk_category", "by_attack_vector"), "false_refusal": ("by_kind",)}
+"""What rates of a prompt set are broken down by, by what the set measures."""
 PPO_PANELS = {
     "score_mean": "score, mean",
     "kl": "KL to the start, nats per answer",
@@ -99,8 +101,7 @@ def _figures(report: JsonObject) -> dict[str, Any]:
         "groups": {
             (name, key): _groups(report, name, key)
             for name, kind in report["prompt_sets"].items()
-            if kind == "violation"
-            for key in ("by_risk_category", "by_attack_vector")
+            for key in GROUPS[kind]
         },
         "scores": None if scores is None else plots.score_scatter(scores, before=before, after=after),
         "reward_models": [plots.pair_accuracies(model["report"]) for model in report["reward_models"]],
@@ -140,10 +141,13 @@ def _bars(report: JsonObject) -> str:
 
 
 def _groups(report: JsonObject, prompt_set: str, key: str) -> str | None:
-    before, after, scorer = report["before"], report["after"], report["violation_scorers"][0]
+    before, after = report["before"], report["after"]
+    benign = report["prompt_sets"][prompt_set] == "false_refusal"
+    measure = "false_refusal" if benign else report["violation_scorers"][0]
     first, last = (report["checkpoints"][name]["prompt_sets"][prompt_set][key] for name in (before, after))
-    pairs = {name.replace("_", " "): (first[name][scorer], last[name][scorer]) for name in first}
-    return plots.before_and_after(pairs, before=before, after=after) if pairs else None
+    pairs = {name.replace("_", " "): (first[name][measure], last[name][measure]) for name in first}
+    rate_name = "false-refusal rate" if benign else "violation rate"
+    return plots.before_and_after(pairs, before=before, after=after, rate_name=rate_name) if pairs else None
 
 
 def measured(values: JsonObject, name: str) -> JsonObject:

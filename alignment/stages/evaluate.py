@@ -182,7 +182,8 @@ def summarize_set(rows: Sequence[Row], part: PromptSet, recipe: EvaluateRecipe) 
         "mean_scores": {name: Mean.of(row["scores"][name] for row in rows).to_json() for name in scorers},
     }
     if part.measures == "false_refusal":
-        return summary | {"false_refusal": summary["refusal"]}
+        by_kind = _by(rows, "kind", lambda group: {"false_refusal": Rate.of(row["refused"] for row in group).to_json()})
+        return summary | {"false_refusal": summary["refusal"], "by_kind": by_kind}
     return summary | {
         "violation": violation_rates(rows, recipe),
         "by_risk_category": _by(rows, "risk_category", lambda group: violation_rates(group, recipe)),

@@ -22,28 +22,16 @@ from transformers import (
 )
 
 from reward.padding_free import attend_by_text, attending_by_text, row_of, why_padded
+from tests.tiny import RANDOM_SIZES, random_model
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 3,
-}
 TEXTS = [[5, 6, 7, 8, 9], [11], [11, 12, 13, 14, 15, 16, 17], [20, 21]]
 
 
 def causal(config: type[Any] = LlamaConfig, **sizes: Any) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(**SIZES | sizes))
-    for parameter in model.parameters():  # states of a size worth comparing
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+    return random_model(AutoModelForCausalLM, config, **sizes)
 
 
 def alone(model: Any, text: list[int]) -> torch.Tensor:
@@ -169,7 +157,9 @@ def test_a_model_that_hands_nothing_on_to_its_attention_is_found_out() -> None:
 
 def test_a_model_in_training_stays_in_training_and_keeps_its_attention() -> None:
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(LlamaConfig(**SIZES, num_labels=1)).train()
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+        LlamaConfig(**RANDOM_SIZES, num_labels=1)
+    ).train()
     assert why_padded(model) is None
     assert model.training
     assert model.config._attn_implementation == "sdpa"

@@ -29,31 +29,16 @@ from reward.conversation import Conversation, Message
 from reward.model import RewardModel
 from reward.scorer import score_all
 from reward.shared_prefix import Group, PackedTexts, pack, packed_scores, why_not_packed
-from tests.tiny import make_reward_model
+from tests.tiny import RANDOM_PAD, make_reward_model, random_model
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-PAD = 3
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": PAD,
-    "num_labels": 1,
-}
 PAIRS = [([5, 6, 7, 8, 9], [5, 6, 7, 10]), ([11, 12], [11, 12, 13, 14, 15, 16]), ([20, 21], [22]), ([30] * 9, [30] * 4)]
 
 
 def classifier(config: type[Any] = LlamaConfig, **sizes: Any) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(config(**SIZES | sizes))
-    for parameter in model.parameters():  # scores of a size worth comparing
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+    return random_model(AutoModelForSequenceClassification, config, num_labels=1, **sizes)
 
 
 def alone(model: Any, text: list[int]) -> torch.Tensor:
@@ -87,7 +72,7 @@ def test_a_text_without_tokens_is_refused() -> None:
 
 
 def test_a_row_and_its_mask_by_hand() -> None:
-    texts = pack([Group.of([[5, 6, 7], [5, 8]])], pad_token_id=PAD, hidden_size=32)
+    texts = pack([Group.of([[5, 6, 7], [5, 8]])], pad_token_id=RANDOM_PAD, hidden_size=32)
     assert texts.input_ids.tolist() == [[5, 6, 7, 8]]
     assert texts.position_ids.tolist() == [[0, 1, 2, 1]]
     assert texts.ends.tolist() == [[0, 2], [0, 3]]
@@ -96,7 +81,7 @@ def test_a_row_and_its_mask_by_hand() -> None:
 
 def test_groups_of_one_row_do_not_see_each_other_and_padding_sees_itself() -> None:
     groups = [Group.of([[5, 6], [5, 7]]), Group.of([[8, 9, 10, 11, 12, 13, 14]]), Group.of([[15, 16]])]
-    texts = pack(groups, pad_token_id=PAD, hidden_size=100_000)  # attention is cheap: few, long rows
+    texts = pack(groups, pad_token_id=RANDOM_PAD, hidden_size=100_000)  # attention is cheap: few, long rows
     mask = texts.attention_mask()
     for row in range(texts.input_ids.shape[0]):
         for query, own in enumerate(texts.groups[row].tolist()):
@@ -108,7 +93,7 @@ def test_groups_of_one_row_do_not_see_each_other_and_padding_sees_itself() -> No
 def test_every_text_is_laid_out_once_whatever_the_lengths(lengths: list[int], hidden_size: int) -> None:
     draw = random.Random(str(lengths))
     pairs = [[[draw.randrange(4, 9) for _ in range(length)] for _ in range(2)] for length in lengths]
-    texts = pack([Group.of(pair) for pair in pairs], pad_token_id=PAD, hidden_size=hidden_size)
+    texts = pack([Group.of(pair) for pair in pairs], pad_token_id=RANDOM_PAD, hidden_size=hidden_size)
     flat = [text for pair in pairs for text in pair]
     for (row, column), text in zip(texts.ends.tolist(), flat, strict=True):
         keys = texts.attention_mask()[row, 0, column].nonzero().flatten()
@@ -123,7 +108,7 @@ def test_every_text_is_laid_out_once_whatever_the_lengths(lengths: list[int], hi
 def test_packed_scores_are_those_of_each_text_alone(config: type[Any]) -> None:
     model = classifier(config, **({"sliding_window": None} if config in (MistralConfig, Phi3Config) else {}))
     assert why_not_packed(model) is None
-    texts = pack([Group.of(pair) for pair in PAIRS], pad_token_id=PAD, hidden_size=32)
+    texts = pack([Group.of(pair) for pair in PAIRS], pad_token_id=RANDOM_PAD, hidden_size=32)
     with torch.no_grad():
         found = packed_scores(model, model.score, texts)
         expected = torch.stack([alone(model, text) for pair in PAIRS for text in pair])
@@ -148,7 +133,7 @@ def test_packed_and_padded_batches_have_the_same_gradients(lora: bool) -> None:
 
     def gradients(hidden_size: int | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         model.zero_grad()
-        batch = PreferenceCollator(PAD, hidden_size=hidden_size)(rows)
+        batch = PreferenceCollator(RANDOM_PAD, hidden_size=hidden_size)(rows)
         if hidden_size is None:
             scores = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
         else:

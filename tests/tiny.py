@@ -53,6 +53,28 @@ SENTENCES = (
 )
 """What the tokenizer learns its merges from."""
 
+RANDOM_PAD = 3
+RANDOM_SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": RANDOM_PAD,
+}
+
+
+def random_model(auto: Any, config: type[Any], **sizes: Any) -> Any:
+    """A model of `auto`'s kind for token ids alone; outputs are of a size worth comparing, the same each time."""
+    import torch
+
+    torch.manual_seed(0)
+    model = auto.from_config(config(**RANDOM_SIZES | sizes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
 
 def make_tiny_tokenizer(*, vocab: int = 512) -> Any:
     """A byte-level BPE of exactly `vocab` tokens; bos `<|im_start|>`, eos `<|im_end|>`, pad `<|pad|>`."""

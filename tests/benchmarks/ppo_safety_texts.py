@@ -55,12 +55,12 @@ def write_prompts(work: Path) -> None:
     with (data / "simple_safety_tests" / "simple_safety_tests.csv").open(encoding="utf-8", newline="") as table:
         new = [row["prompts_final"] for row in csv.DictReader(table)]
     with (data / "xstest" / "xstest_prompts.csv").open(encoding="utf-8", newline="") as table:
-        safe = [row["prompt"] for row in csv.DictReader(table) if row["label"] == "safe"]
+        safe = [(row["prompt"].strip(), row["type"]) for row in csv.DictReader(table) if row["label"] == "safe"]
     prompts = unique(Prompt.of(text.strip(), is_safety=True) for text in known)
     unseen = unique(Prompt.of(text.strip(), is_safety=True) for text in new)
     train = [prompt for key, prompt in prompts.items() if split_side(prompt) == "train" and key not in unseen]
     test = {key: prompt for key, prompt in prompts.items() if split_side(prompt) == "test"} | unseen
-    borderline = unique(Prompt.of(text.strip(), borderline=True) for text in safe)
+    borderline = unique(Prompt.of(text, borderline=True, kind=kind) for text, kind in safe)
     write_split(work, "dangerous", train)
     write_split(work, "harmless", load_look_alikes())
     for name, part in (("adversarial", test), ("borderline", borderline)):

@@ -30,17 +30,21 @@ class Completion:
 
 
 class Generator:
-    """A causal language model that answers prompts. `model` may be inside a context that gathered its weights."""
+    """A causal language model that answers prompts. `model` may be inside a context that gathered its weights.
 
-    def __init__(self, model: Any, renderer: Renderer, sampling: Sampling) -> None:
+    `padding_free`: prompts are read without padding if the model can.
+    """
+
+    def __init__(self, model: Any, renderer: Renderer, sampling: Sampling, *, padding_free: bool = True) -> None:
         self.model = model
         self.renderer = renderer
         self.sampling = sampling
+        self._padding_free = padding_free
 
     @functools.cached_property
     def padding_free(self) -> bool:
         """Whether prompts are read without padding; asked when the weights are there to try it."""
-        return why_padded(causal_model(self.model)) is None
+        return self._padding_free and why_padded(causal_model(self.model)) is None
 
     def answer(self, prompts: Sequence[Prompt], *, seed: int, rows: Sequence[int] | None = None) -> list[Completion]:
         """One answer per prompt, in order. TooLong when a prompt exceeds `max_prompt_tokens`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Mapping
@@ -46,6 +47,26 @@ STATE = "state.json"
 WHOLE = "whole"
 UNIVERSAL = "universal"
 """Formats of a checkpoint: every process holds all of it; DeepSpeed's for any of its layouts; `zero2`: its shards."""
+
+
+def prepare_engine(accelerator: Any, model: ActorCritic, recipe: PpoRecipe) -> tuple[Any, Any]:
+    """The model and its optimizer as the launch spreads them over the processes."""
+    configure_engine(accelerator, recipe)
+    engine, optimizer = accelerator.prepare(model, make_optimizer(model, recipe))
+    if uses_deepspeed() and engine.zero_optimization_stage() == 0:
+        engine.clip_fp32_gradients = functools.partial(_clip_or_leave_out, engine)
+    return engine, optimizer
+
+
+def _clip_or_leave_out(engine: Any) -> None:
+    """DeepSpeed's clipping at stage 0 as at the others: the norm is told, and one that is not finite takes no step.
+
+    Its own throws the norm away and scales by whatever it is.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+    if not norm.isfinite():
+        engine.optimizer.zero_grad(set_to_none=True)
+    engine._global_grad_norm = norm
 
 
 def configure_engine(accelerator: Any, recipe: PpoRecipe) -> None:

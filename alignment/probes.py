@@ -71,7 +71,8 @@ class Probes:
             length = min(data.max_length, sampling.max_prompt_tokens)
             fitting, _ = fitting_prompts(load_prompts(data, seed=recipe.seed).records, renderer, max_length=length)
             sets.append(fitting[: settings.max_prompts])
-        generator, scorer = Generator(policy, renderer, sampling), build_scorer(settings.violation_scorer)
+        generator = Generator(policy, renderer, sampling, padding_free=recipe.ppo.padding_free)
+        scorer = build_scorer(settings.violation_scorer)
         return cls(generator, sets[0], sets[1], scorer, server)
 
     def measure(self, engine: Any, accelerator: Any) -> ProbeReport:

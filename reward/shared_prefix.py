@@ -184,16 +184,23 @@ def why_not_packed(classifier: Any) -> str | None:
 
 def why_no_block_mask(model: Any) -> str | None:
     """Why the layers of this model do not all take any mask, as its config has it; None when they do."""
-    config = model.config.get_text_config()
     attention = model.config._attn_implementation
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
-        return f"its layers have {', '.join(sorted(kinds - {'full_attention'})) or 'a sliding window'}"
+    limits = limited_attention(model.config.get_text_config())
+    if limits is not None:
+        return f"its layers have {limits}"
     if attention == "flex_attention":
         return "attention 'flex_attention' takes masks of its own form, which packed rows lack; use sdpa"
     if attention not in ("sdpa", "sdpa_by_text"):  # the latter: padding_free
         return f"attention {attention!r} takes no block mask; use sdpa"
     return None
+
+
+def limited_attention(config: Any) -> str | None:
+    """What keeps layers of a (text) config from attending to all that precedes; None when all of them do."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds == {"full_attention"} and getattr(config, "sliding_window", None) is None:
+        return None
+    return ", ".join(sorted(kinds - {"full_attention"})) or "a sliding window"
 
 
 @torch.no_grad()

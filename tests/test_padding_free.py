@@ -14,12 +14,14 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    NemotronConfig,
     Olmo2Config,
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from reward.padding_free import attend_by_text, attending_by_text, row_of, why_padded
 from tests.tiny import RANDOM_SIZES, random_model
@@ -153,6 +155,66 @@ def test_a_model_that_hands_nothing_on_to_its_attention_is_found_out() -> None:
     plain = model.model.forward
     model.model.forward = lambda *args, text_lengths=None, **kwargs: plain(*args, **kwargs)
     assert "rows without padding fail" in str(why_padded(model))
+
+
+def test_a_model_that_fails_in_any_way_is_padded() -> None:
+    model = causal()
+    plain = model.model.forward
+    model.model.forward = lambda *args, **kwargs: plain(*args, **kwargs).to_tuple()
+    assert "rows without padding fail: 'tuple' object has no attribute" in str(why_padded(model))
+
+
+def test_the_trial_allows_for_products_of_fewer_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where float32 is rounded to bfloat16 in products, a difference of one in a hundred is no sign of mixed texts."""
+    model = causal()
+    plain = model.model.forward
+
+    def rounded(*args: Any, **kwargs: Any) -> Any:
+        output = plain(*args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state * (1.01 if "text_lengths" in kwargs else 1)
+        return output
+
+    model.model.forward = rounded
+    assert "differ from texts alone by" in str(why_padded(model))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert why_padded(model) is None
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert why_padded(model) is None
+
+
+def share_out(model: Any) -> Any:
+    """As ZeRO-3 marks the weights that it has shared out: nothing can be tried."""
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id = number
+    return model
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config, Qwen3Config, Phi3Config, GPT2Config, Olmo2Config])
+def test_shared_out_models_are_tried_without_their_weights(config: type[Any]) -> None:
+    assert why_padded(share_out(causal(config))) is None
+
+
+def test_a_model_that_only_declares_the_interface_is_padded() -> None:
+    """Nemotron's layers do not hand on what they are told; without its mask it fails."""
+    model = causal(NemotronConfig)
+    before = model.config._attn_implementation
+    assert "rows without padding fail" in str(why_padded(model))
+    assert "rows without padding fail" in str(why_padded(share_out(model)))
+    assert model.config._attn_implementation == before
+
+
+def test_a_shared_out_model_that_tells_only_some_layers_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = LlamaDecoderLayer.forward
+
+    def forgetful(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.self_attn.layer_idx == 1:
+            kwargs |= {"text_lengths": None, "attention_mask": None}
+        return plain(self, *args, **kwargs)
+
+    model = share_out(causal())
+    assert why_padded(model) is None
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forgetful)
+    assert why_padded(model) == "1 of 2 layers hear where texts end"
 
 
 def test_a_model_in_training_stays_in_training_and_keeps_its_attention() -> None:

@@ -6,6 +6,7 @@ States must be exact. What comes and goes must be within 15% of the measured pea
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from alignment.actor_critic import ActorCritic, Batch
+from alignment.generate import Generator
 from alignment.plan.layout import Layout
 from alignment.plan.memory import (
     Loaded,
@@ -27,12 +29,13 @@ from alignment.plan.memory import (
     mix_head,
     ppo_head,
     reading,
+    sampled,
     states_of,
 )
 from alignment.plan.shapes import BUILT_IN, ModelShape, shape_of
 from alignment.policy import add_lora
 from alignment.ppo_state import make_optimizer
-from alignment.recipe import Ppo, PpoRecipe
+from alignment.recipe import Ppo, PpoRecipe, Sampling
 from alignment.recipe_parts import Data, Lora, ModelInit, Source
 from alignment.recipe_scorers import RefusalScorer
 from reward.padding_free import attend_by_text
@@ -63,17 +66,21 @@ def within(found: float, measured: float) -> bool:
     return abs(found - measured) <= 0.15 * measured
 
 
-def build(head: str = "causal_lm", *, dtype: torch.dtype = torch.float32, lora: Lora | None = None) -> Any:
+def build(
+    head: str = "causal_lm", *, dtype: torch.dtype = torch.float32, lora: Lora | None = None, **sizes: Any
+) -> Any:
     torch.manual_seed(0)
     factory: Any = AutoModelForCausalLM if head == "causal_lm" else AutoModelForSequenceClassification
-    config = LlamaConfig(**{key: value for key, value in CONFIG.items() if key != "model_type"}, num_labels=1)
+    config = LlamaConfig(**{key: value for key, value in CONFIG.items() if key != "model_type"} | sizes, num_labels=1)
     model = factory.from_config(config).to(dtype)
     return model if lora is None else add_lora(model, lora, head=head)  # pyright: ignore[reportArgumentType]
 
 
-def planned(head: str = "causal_lm", *, dtype: torch.dtype = torch.float32, lora: Lora | None = None) -> Loaded:
+def planned(
+    head: str = "causal_lm", *, dtype: torch.dtype = torch.float32, lora: Lora | None = None, **sizes: Any
+) -> Loaded:
     init = ModelInit(dtype="float32" if dtype == torch.float32 else "bfloat16")
-    shape = shape_of(CONFIG, head=head, lora=lora)  # pyright: ignore[reportArgumentType]
+    shape = shape_of(CONFIG | sizes, head=head, lora=lora)  # pyright: ignore[reportArgumentType]
     tuning = "full" if lora is None else "lora"
     return Loaded("model", "m", shape, Numerics.of(init, ONE), tuning=tuning, tuned_layers=shape.num_layers)
 
@@ -193,7 +200,7 @@ def test_states_are_those_of_a_real_update(dtype: torch.dtype, lora: Lora | None
 
 def sized(parameters: int) -> Loaded:
     """A model of so many parameters, tuned whole under DeepSpeed in bfloat16."""
-    shape = ModelShape(parameters, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, gated=True)
+    shape = ModelShape(parameters, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, gated=True, sees_all=True)
     return Loaded("model", "m", shape, Numerics(2, 2, 2), tuning="full")
 
 
@@ -367,3 +374,23 @@ def test_key_value_cache_and_workspace_of_a_prompt(dtype: torch.dtype) -> None:
     keys_and_values = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     assert kv_cache(loaded, TEXTS) == stored(keys_and_values)
     assert within(kv_cache(loaded, TEXTS) + forward_workspace(loaded, TEXTS), live.peak)
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+@pytest.mark.parametrize("kv_heads", [8, 4, 1])
+@pytest.mark.parametrize(("prompt", "answer"), [(96, 32), (16, 100), (200, 4), (100, 200)])
+def test_peak_of_sampling(prompt: int, answer: int, kv_heads: int, padding_free: bool) -> None:
+    """Prompts of unequal length; no answer ends by itself."""
+    model = build(num_key_value_heads=kv_heads).eval()
+    renderer: Any = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=3), end_ids={CONFIG["vocab_size"]})
+    settings = Sampling(max_new_tokens=answer, batch_size=ROWS)
+    generator = Generator(model, renderer, settings, padding_free=padding_free)
+    assert generator.padding_free == padding_free, "tried out before it is measured"
+    prompts = [list(range(4, 4 + prompt - row)) for row in range(ROWS)]
+    generator.sample(prompts, seeds=range(ROWS))
+    with Live(list(model.parameters())) as live:
+        ids, _ = generator.sample(prompts, seeds=range(ROWS))
+    assert ids.shape == (ROWS, prompt + answer)
+    loaded = planned(num_key_value_heads=kv_heads)
+    found = sampled(loaded, Texts(ROWS, prompt, masked=not padding_free), Texts(ROWS, prompt + answer))
+    assert within(sum(found), live.peak), (sum(found) / live.peak, found)

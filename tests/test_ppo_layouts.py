@@ -29,7 +29,7 @@ def one_update(policy: Path, per_device: int, *, spoilt: bool = False) -> dict[s
     from alignment.distributed import close, make_accelerator, process_index, world_size
     from alignment.policy import load_tokenizer
     from alignment.ppo_data import PretrainingMix
-    from alignment.ppo_state import configure_engine, make_optimizer
+    from alignment.ppo_state import prepare_engine
     from alignment.ppo_update import Learner, Targets, accumulation_steps, update
     from reward.render import Renderer
 
@@ -40,8 +40,7 @@ def one_update(policy: Path, per_device: int, *, spoilt: bool = False) -> dict[s
     torch.manual_seed(0)
     actor_critic = load_actor_critic(recipe, pad_token_id=PAD)
     nn.init.normal_(actor_critic.value_head.weight, generator=torch.Generator().manual_seed(1))
-    configure_engine(accelerator, recipe)
-    engine, optimizer = accelerator.prepare(actor_critic, make_optimizer(actor_critic, recipe))
+    engine, optimizer = prepare_engine(accelerator, actor_critic, recipe)
     share = ROWS // world_size()
     rollout, targets = frozen_rollout(policy, range(process_index() * share, (process_index() + 1) * share))
     turns = zip(SENTENCES[:8:2], SENTENCES[1:8:2], strict=True)
@@ -84,7 +83,7 @@ def why_it_stops(policy: Path) -> str:
     return "it went on"
 
 
-@pytest.mark.parametrize("layout", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("layout", ["ddp", "zero0", "zero2", "zero3"])
 def test_a_gradient_that_is_not_finite_stops_all_processes(layout: str, tiny_model: Path) -> None:
     for reason in on_ranks(why_it_stops, tiny_model, environment=ENVIRONMENTS[layout]):
         assert reason.startswith("iteration 0: gradient norm is not finite; stopped before the update")
@@ -98,7 +97,7 @@ def times_gathered(policy: Path) -> tuple[int, int]:
     from alignment.distributed import close, make_accelerator, process_index
     from alignment.generate import Generator
     from alignment.policy import load_tokenizer
-    from alignment.ppo_state import configure_engine, make_optimizer
+    from alignment.ppo_state import prepare_engine
     from alignment.ppo_update import accumulation_steps
     from alignment.rollout import collect_rollout
     from reward.render import Renderer
@@ -106,8 +105,7 @@ def times_gathered(policy: Path) -> tuple[int, int]:
     recipe = ppo_recipe(policy, lora=Lora(r=4, alpha=8), value_trunk="shared", per_device_batch_size=2)
     accelerator = make_accelerator(gradient_accumulation_steps=accumulation_steps(recipe))
     actor_critic = load_actor_critic(recipe, pad_token_id=PAD)
-    configure_engine(accelerator, recipe)
-    engine, _ = accelerator.prepare(actor_critic, make_optimizer(actor_critic, recipe))
+    engine, _ = prepare_engine(accelerator, actor_critic, recipe)
     one_by_one = recipe.sampling.model_copy(update={"batch_size": 1})
     generator = Generator(actor_critic.policy, Renderer(load_tokenizer(str(policy))), one_by_one)
     gathered, batches = [], []

@@ -15,6 +15,7 @@ import pytest
 
 from alignment.evaluation.collect import compare, sign_test
 from alignment.evaluation.report import build_report
+from alignment.stages import evaluate
 from tests.made_run import Rows, make_run, page_of, read_page, read_report, set_violations
 
 if TYPE_CHECKING:
@@ -197,6 +198,20 @@ def test_false_refusals_by_kind_by_hand(tmp_path: Path) -> None:
         "ppo": {"figurative": none, "homonym": all_three, "safe_target": none},
     }
     assert re.search(r"homonym\s+0\.0% →\s+100\.0%", text)
+
+
+def test_an_evaluation_from_before_kinds_were_counted_still_makes_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = evaluate.summarize_set
+    monkeypatch.setattr(
+        evaluate,
+        "summarize_set",
+        lambda *args: {key: value for key, value in counted(*args).items() if key != "by_kind"},
+    )
+    run_dir = make_run(tmp_path, checkpoints=("base", "ppo"), num_adversarial=5, num_benign=3)
+    assert "by_kind" not in (run_dir / "evaluate" / "evaluation.json").read_text(encoding="utf-8")
+    assert "Its prompts have no such tags." in read_page(run_dir).text
 
 
 def test_parents_are_named_by_their_step(built: Path) -> None:

@@ -144,7 +144,7 @@ def _groups(report: JsonObject, prompt_set: str, key: str) -> str | None:
     before, after = report["before"], report["after"]
     benign = report["prompt_sets"][prompt_set] == "false_refusal"
     measure = "false_refusal" if benign else report["violation_scorers"][0]
-    first, last = (report["checkpoints"][name]["prompt_sets"][prompt_set][key] for name in (before, after))
+    first, last = (report["checkpoints"][name]["prompt_sets"][prompt_set].get(key, {}) for name in (before, after))
     pairs = {name.replace("_", " "): (first[name][measure], last[name][measure]) for name in first}
     rate_name = "false-refusal rate" if benign else "violation rate"
     return plots.before_and_after(pairs, before=before, after=after, rate_name=rate_name) if pairs else None

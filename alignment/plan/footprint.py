@@ -17,16 +17,15 @@ from alignment.plan.memory import (
     States,
     Texts,
     buckets,
-    drawing,
     forward_workspace,
     fused_head,
     gathered_weights,
     keeps_gradients,
-    kv_cache,
     learning,
     live_weights,
     packs_of_weights,
     reading,
+    sampled,
     states_of,
     step_bytes,
 )
@@ -162,7 +161,8 @@ def _ppo(models: PpoModels) -> Footprint:
     own = buckets(engine, layout)
     held = _held(roles, layout) + own
     if recipe.vllm is None:
-        drawn = (_drawn_parts(models.policy, asked, recipe.sampling) for asked in models.asked)
+        switch = recipe.ppo.padding_free
+        drawn = (_drawn_parts(models.policy, asked, recipe.sampling, padding_free=switch) for asked in models.asked)
         largest = max(drawn, key=lambda parts: sum(parts.values()))
         sampling = {"gathered weights": gathered_weights(engine, layout), **largest}
     else:
@@ -291,10 +291,12 @@ def _drawn(policy: Loaded, prompt: int, sampling: Sampling, *, held: int) -> Pha
     return Phase("sampling", held, _drawn_parts(policy, asked, sampling))
 
 
-def _drawn_parts(policy: Loaded, asked: Asked, sampling: Sampling) -> dict[str, int]:
+def _drawn_parts(policy: Loaded, asked: Asked, sampling: Sampling, *, padding_free: bool = True) -> dict[str, int]:
     """A batch of answers."""
-    texts = asked.texts(sampling.batch_size)
-    return {"KV cache": kv_cache(policy, texts), "activations": drawing(policy, Texts(texts.rows, asked.prompt))}
+    answered = asked.texts(sampling.batch_size)
+    prompts = Texts(answered.rows, asked.prompt, masked=not (padding_free and policy.reads_rows))
+    cache, activations = sampled(policy, prompts, answered)
+    return {"KV cache": cache, "activations": activations}
 
 
 def _scoring(scorers: Sequence[LoadedScorer], answered: Texts) -> int:

@@ -87,6 +87,11 @@ class Loaded:
     sharded: bool = False
 
     @property
+    def reads_rows(self) -> bool:
+        """It takes texts behind each other in one row, without padding (`reward.padding_free`)."""
+        return self.attention == "sdpa" and self.shape.sees_all
+
+    @property
     def trainable(self) -> int:
         """Parameters that learn, and so have gradients and optimizer states."""
         return {"full": self.shape.parameters, "lora": self.shape.adapter, None: 0}[self.tuning]
@@ -358,7 +363,14 @@ def kv_cache(model: Loaded, texts: Texts) -> int:
     return 2 * s.num_layers * s.kv_heads * s.head_dim * texts.tokens * model.numerics.compute
 
 
-def drawing(model: Loaded, prompts: Texts) -> int:
-    """What sampling takes beside the cache: reading the prompts, or drawing a token of each from its logits."""
-    logits = prompts.rows * model.shape.vocab * (model.numerics.compute + 3 * 4)
-    return model.cast_bytes + max(forward_workspace(model, prompts), logits)
+def sampled(model: Loaded, prompts: Texts, answered: Texts) -> tuple[int, int]:
+    """Key-value cache and activations at the peak: when prompts are read, or when their last token is drawn.
+
+    A token is drawn from its logits; before that each layer's keys, and then its values, are copied to make room.
+    """
+    s, n = model.shape, model.numerics
+    logits = answered.rows * s.vocab * (n.compute + 3 * 4)
+    copied = kv_cache(model, answered) // (2 * s.num_layers)
+    read = kv_cache(model, prompts), model.cast_bytes + forward_workspace(model, prompts)
+    drawn = kv_cache(model, answered), model.cast_bytes + max(copied, logits)
+    return max(read, drawn, key=sum)

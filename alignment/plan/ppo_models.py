@@ -135,7 +135,8 @@ class PpoModels:
 
     @property
     def _masked(self) -> bool:
-        return not self.recipe.ppo.padding_free or self.policy.attention != "sdpa"
+        models = [self.policy] if self.value is None else [self.policy, self.value]
+        return not (self.recipe.ppo.padding_free and all(model.reads_rows for model in models))
 
     def passes(self, *, learning: bool) -> list[Pass]:
         """Of a micro-batch through the engine; the pretraining mix is read to learn from it alone."""

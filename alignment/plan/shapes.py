@@ -74,6 +74,8 @@ class ModelShape:
     vocab: int
     gated: bool
     """The feed-forward part has a gate beside its way up, as Llama's."""
+    sees_all: bool
+    """Every layer attends to all that precedes."""
 
 
 def read_config(model: str, files: Mapping[str, Path]) -> dict[str, Any] | None:
@@ -121,6 +123,8 @@ def shape_of(config: Mapping[str, Any], *, head: Head = "causal_lm", lora: Lora 
 def _shape(config_text: str, head: Head, lora_text: str | None) -> ModelShape:
     from torch import nn
 
+    from reward.shared_prefix import limited_attention
+
     model = _build(json.loads(config_text), head)
     text = model.config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -150,6 +154,7 @@ def _shape(config_text: str, head: Head, lora_text: str | None) -> ModelShape:
         head_dim=head_dim,
         vocab=text.vocab_size,
         gated=feed_forward > 2.5 * text.hidden_size * intermediate,
+        sees_all=limited_attention(text) is None,
     )
 
 

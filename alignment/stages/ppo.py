@@ -27,7 +27,7 @@ from alignment.objectives import (
 from alignment.policy import load_tokenizer
 from alignment.ppo_controls import following, is_evaluated, kl_coef_at, out_of_patience, whitening_moments
 from alignment.ppo_data import read_data
-from alignment.ppo_state import Checkpoints, LoopState, configure_engine, make_optimizer, save_policy
+from alignment.ppo_state import Checkpoints, LoopState, prepare_engine, save_policy
 from alignment.ppo_update import Learner, Targets, accumulation_steps, check_finite, update
 from alignment.ppo_watch import Watch
 from alignment.recipe import PpoRecipe
@@ -70,11 +70,11 @@ def run(recipe: PpoRecipe) -> Artifact | None:
     actor_critic = load_actor_critic(recipe, pad_token_id=tokenizer.pad_token_id)
     if recipe.ppo.padding_free and not actor_critic.padding_free and is_main_process():
         print(f"texts are padded: {actor_critic.why_padded}", flush=True)
-    configure_engine(accelerator, recipe)
-    model, optimizer = accelerator.prepare(actor_critic, make_optimizer(actor_critic, recipe))
+    model, optimizer = prepare_engine(accelerator, actor_critic, recipe)
     dtype = next(actor_critic.policy.parameters()).dtype
     reference = load_reference(recipe, pad_token_id=tokenizer.pad_token_id, dtype=dtype)
-    generator = Generator(actor_critic.policy, renderer, recipe.sampling)
+    switch = recipe.ppo.padding_free
+    generator = Generator(actor_critic.policy, renderer, recipe.sampling, padding_free=switch)
     server = VllmSampler.connect(recipe, actor_critic.policy, renderer, accelerator.device)
     scorer = build_scorer(recipe.scorer)
     steps, keep = recipe.ppo.save_steps, recipe.ppo.save_total_limit
@@ -82,7 +82,8 @@ def run(recipe: PpoRecipe) -> Artifact | None:
     held_out = None
     if data.eval_prompts:
         sampling = recipe.sampling.model_copy(update={"temperature": recipe.ppo.eval_temperature})
-        held_out = HeldOut(data.eval_prompts, Generator(actor_critic.policy, renderer, sampling), scorer, server)
+        asked = Generator(actor_critic.policy, renderer, sampling, padding_free=switch)
+        held_out = HeldOut(data.eval_prompts, asked, scorer, server)
     with (
         open_tracker(recipe, workspace.path, parents=workspace.inputs, is_main_process=is_main_process()) as tracker,
         stop_on_sigterm() as stop,

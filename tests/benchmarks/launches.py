@@ -28,6 +28,7 @@ SHARDED = ("--ppo.reference", "sharded", "--scorer.safety.sharded", "true", "--s
 LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # name: (words of the launcher, overrides of the recipe)
     "ddp": (("--config_file", "launch/cpu_ddp.yaml"), ()),
+    "zero0": (("--config_file", "launch/cpu_zero2.yaml", "--zero_stage", "0"), ()),
     "zero1": (("--config_file", "launch/cpu_zero2.yaml", "--zero_stage", "1"), ()),
     "zero2": (("--config_file", "launch/cpu_zero2.yaml"), ()),
     "zero3": (("--config_file", "launch/cpu_zero3.yaml"), ()),

@@ -12,11 +12,14 @@ from alignment import group_baselines
 from alignment.artifact import read_artifact, sha256
 from alignment.group_baselines import arguments, reward_function
 from alignment.recipe import Data, Lora, PpoRecipe, Sampling, Source
+from alignment.recipe_scorers import PythonScorer
 from alignment.source_files import SourceError
 from alignment.stages import ppo
 from reward.conversation import Conversation, Prompt
 from reward.scorer import FunctionScorer, ScorerError
 from tests import tiny_ppo
+from tests.interrupted import LAYOUTS
+from tests.ranks import on_ranks
 from tests.tiny_ppo import ppo_recipe
 
 if TYPE_CHECKING:
@@ -75,6 +78,30 @@ def test_two_steps_ask_our_scorer_about_our_prompts(
     mean = sum(len(conversation.completion) for conversation in asked) / 8
     assert any(row.get("ppo/reward") == pytest.approx(mean) for row in logged)
     assert read_artifact(tmp_path / "ppo").kind == "policy"
+    assert sha256(tmp_path / "ppo" / "model.safetensors") != sha256(tiny_model / "model.safetensors")
+
+
+def trained(model: Path, folder: Path, trainer: str) -> tuple[int, int]:
+    """On one rank: how many answers it had scored, and to how many prompts."""
+    asked: list[Conversation] = []
+    score_all = group_baselines.score_all
+
+    def counted(scorer: Any, conversations: list[Conversation], *args: Any, **kwargs: Any) -> Any:
+        asked.extend(conversations)
+        return score_all(scorer, conversations, *args, **kwargs)
+
+    group_baselines.score_all = counted
+    scorer = PythonScorer(function="tests.scorers:shorter_is_better")
+    ppo.run(recipe_of(model, folder, trainer, scorer=scorer))
+    return len(asked), len({conversation.prompt for conversation in asked})
+
+
+@pytest.mark.parametrize(("trainer", "layout"), [("grpo", "ddp"), ("rloo", "zero2")])
+def test_two_processes_share_the_answers(trainer: str, layout: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Eight answers in two groups of four: each process scores one group."""
+    assert on_ranks(trained, tiny_model, tmp_path, trainer, environment=LAYOUTS[layout]) == [(4, 1), (4, 1)]
+    artifact = read_artifact(tmp_path / "ppo")
+    assert artifact.metrics["num_steps"] == 2
     assert sha256(tmp_path / "ppo" / "model.safetensors") != sha256(tiny_model / "model.safetensors")
 
 

@@ -171,15 +171,18 @@ def assert_weights_equal(output: Path, other: Path) -> None:
     assert history(output) == history(other)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "zero3"])
-def test_sigterm_on_one_rank_stops_both(layout: str, parents: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "signalled"), [("ddp", [1]), ("zero3", [1]), ("ddp", [0, 1])])
+def test_sigterm_on_one_rank_or_all_stops_both(
+    layout: str, signalled: list[int], parents: Path, tmp_path: Path
+) -> None:
     """Two go on to the same bits; one does after a conversion, with what two do up to rounding."""
     options, environment = (*SMALL, *LORA, "--ppo.num_iterations", "2"), LAYOUTS[layout]
     whole, stopped, alone = (ppo_words(parents, tmp_path / name, *options) for name in ("whole", "ppo", "alone"))
     assert end_all(start_ranks(whole, 2, **environment)) == [0, 0]
     ranks = start_ranks(stopped, 2, **environment)
     ranks[1].wait_for("rollout", times=2)
-    ranks[1].process.terminate()
+    for number in signalled:
+        ranks[number].process.terminate()
     assert end_all(ranks) == [EXIT_STOPPED, EXIT_STOPPED]
     shutil.copytree(tmp_path / "ppo", tmp_path / "alone")
     again = start_ranks(stopped, 2, **environment)

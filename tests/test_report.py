@@ -211,7 +211,7 @@ def test_an_evaluation_from_before_kinds_were_counted_still_makes_a_report(
     )
     run_dir = make_run(tmp_path, checkpoints=("base", "ppo"), num_adversarial=5, num_benign=3)
     assert "by_kind" not in (run_dir / "evaluate" / "evaluation.json").read_text(encoding="utf-8")
-    assert "Its prompts have no such tags." in read_page(run_dir).text
+    assert "Its prompts are not told apart by tags." in read_page(run_dir).text
 
 
 def test_parents_are_named_by_their_step(built: Path) -> None:

@@ -25,8 +25,11 @@ REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 TEMPLATE = "report.html.jinja"
 
-GROUPS = {"violation": ("by_risk_category", "by_attack_vector"), "false_refusal": ("by_kind",)}
-"""What rates of a prompt set are broken down by, by what the set measures."""
+GROUPS = {
+    "violation": {"by_risk_category": "Risk category", "by_attack_vector": "Attack vector"},
+    "false_refusal": {"by_kind": "Kind"},
+}
+"""What rates of a prompt set are broken down by, by what the set measures: key and title."""
 PPO_PANELS = {
     "score_mean": "score, mean",
     "kl": "KL to the start, nats per answer",
@@ -81,6 +84,7 @@ def render(report: JsonObject) -> str:
     return render_page(
         TEMPLATE,
         report=report,
+        groups={name: _groups_of(report, name) for name in report["prompt_sets"]},
         figures=_figures(report),
         adversarial=first_set(report, "violation"),
         benign=first_set(report, "false_refusal"),
@@ -100,8 +104,8 @@ def _figures(report: JsonObject) -> dict[str, Any]:
         "bars": _bars(report),
         "groups": {
             (name, key): _groups(report, name, key)
-            for name, kind in report["prompt_sets"].items()
-            for key in GROUPS[kind]
+            for name in report["prompt_sets"]
+            for key, _ in _groups_of(report, name)
         },
         "scores": None if scores is None else plots.score_scatter(scores, before=before, after=after),
         "reward_models": [plots.pair_accuracies(model["report"]) for model in report["reward_models"]],
@@ -140,14 +144,20 @@ def _bars(report: JsonObject) -> str:
     return plots.rate_bars(list(report["checkpoints"]), series, last_is_refusal=benign is not None)
 
 
-def _groups(report: JsonObject, prompt_set: str, key: str) -> str | None:
+def _groups_of(report: JsonObject, prompt_set: str) -> list[tuple[str, str]]:
+    """Key and title of the groups that the prompts of a set are tagged with."""
+    found = report["checkpoints"][report["before"]]["prompt_sets"][prompt_set]
+    return [(key, title) for key, title in GROUPS[report["prompt_sets"][prompt_set]].items() if found.get(key)]
+
+
+def _groups(report: JsonObject, prompt_set: str, key: str) -> str:
     before, after = report["before"], report["after"]
     benign = report["prompt_sets"][prompt_set] == "false_refusal"
     measure = "false_refusal" if benign else report["violation_scorers"][0]
-    first, last = (report["checkpoints"][name]["prompt_sets"][prompt_set].get(key, {}) for name in (before, after))
+    first, last = (report["checkpoints"][name]["prompt_sets"][prompt_set][key] for name in (before, after))
     pairs = {name.replace("_", " "): (first[name][measure], last[name][measure]) for name in first}
     rate_name = "false-refusal rate" if benign else "violation rate"
-    return plots.before_and_after(pairs, before=before, after=after, rate_name=rate_name) if pairs else None
+    return plots.before_and_after(pairs, before=before, after=after, rate_name=rate_name)
 
 
 def measured(values: JsonObject, name: str) -> JsonObject:

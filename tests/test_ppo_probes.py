@@ -220,9 +220,9 @@ def test_a_scorer_that_is_trained_on_cannot_watch(
 
 
 def other_generator(change: Callable[[Any, Sampling], tuple[Any, Sampling]]) -> Callable[..., Generator]:
-    def make(policy: Any, renderer: Renderer, sampling: Sampling) -> Generator:
+    def make(policy: Any, renderer: Renderer, sampling: Sampling, **switches: Any) -> Generator:
         policy, sampling = change(policy, sampling)
-        return Generator(policy, renderer, sampling)
+        return Generator(policy, renderer, sampling, **switches)
 
     return make
 

@@ -21,6 +21,7 @@ from alignment.artifact import ArtifactError
 from alignment.distributed import is_main_process
 from alignment.health import EXIT_UNHEALTHY, Unhealthy
 from alignment.inputs import InputError, check_inputs, check_rollout_server, missing_inputs
+from alignment.number_format import check_number_format
 from alignment.recipe import StageRecipe
 from alignment.recipe_file import Arguments, RecipeError, dump_recipe, load_recipe
 from alignment.sharding import check_sharding
@@ -50,6 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
             return dry_run(recipe)
         check_inputs(recipe)
         check_sharding(recipe)
+        check_number_format(recipe)
         return run(recipe)
     except (RecipeError, InputError, ArtifactError, SourceError) as error:
         if is_main_process():

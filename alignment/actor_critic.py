@@ -117,7 +117,7 @@ class ActorCritic(nn.Module):
         self.temperature = temperature
         self.why_padded = why_padded
         if value_model is None:
-            self.value_head = nn.Linear(policy.config.hidden_size, 1, bias=False, dtype=policy.dtype)
+            self.value_head = nn.Linear(policy.config.hidden_size, 1, bias=False, dtype=_trained_dtype(policy))
             nn.init.zeros_(self.value_head.weight)
 
     @property
@@ -132,10 +132,13 @@ class ActorCritic(nn.Module):
     def has_value_adapter(self) -> bool:
         return self.has_adapter and VALUE_ADAPTER in self.policy.peft_config
 
-    def forward(self, batch: Batch, *, reference: bool = False, mix: Batch | None = None) -> TokenOutputs:
+    def forward(
+        self, batch: Batch, *, reference: bool = False, mix: Batch | None = None, head_alone: bool = False
+    ) -> TokenOutputs:
         """Statistics of the completions; with `reference` the adapter is off and no values are computed.
 
-        `mix`: more texts, for the same backward pass, of which the policy's log-probabilities are wanted.
+        `mix`: more texts, for the same backward pass, of which the policy's log-probabilities are wanted. `head_alone`:
+        no gradient of the values goes on from the head into the policy's own trunk.
         """
         captured: list[Tensor] = []
         causal = self.policy.get_base_model() if self.has_adapter else self.policy
@@ -147,7 +150,8 @@ class ActorCritic(nn.Module):
             logits = self.policy(**batch.inputs, use_cache=False, logits_to_keep=batch.columns).logits
         statistics = token_statistics(logits / self.temperature, batch.tokens)
         logprobs, entropies = batch.in_rows(statistics.logprobs), batch.in_rows(statistics.entropies)
-        values = None if reference else self._values(batch, captured[0])
+        trunk = captured[0].detach() if head_alone else captured[0]
+        values = None if reference else self._values(batch, trunk)
         mix_logprobs = None if mix is None else self._mix_logprobs(mix)
         return TokenOutputs(logprobs, entropies, values, mix_logprobs)
 
@@ -165,7 +169,8 @@ class ActorCritic(nn.Module):
             )
             hidden = classifier.base_model(**batch.inputs, use_cache=False).last_hidden_state
             head = classifier.score
-        return batch.in_rows(head(hidden[:, batch.columns]).squeeze(-1).float())
+        read = hidden[:, batch.columns].to(head.weight.dtype)
+        return batch.in_rows(head(read).squeeze(-1).float())
 
     def _mix_logprobs(self, mix: Batch) -> Tensor:
         logits = self.policy(**mix.inputs, use_cache=False, logits_to_keep=mix.columns).logits
@@ -193,6 +198,11 @@ def adapter_switched(policy: Any, name: str | None) -> Generator[None]:
             parameter.requires_grad_(True)
 
 
+def _trained_dtype(policy: Any) -> torch.dtype:
+    """Of what learns: outside DeepSpeed adapters are in float32, as heads must be to keep updates this small."""
+    return next(parameter.dtype for parameter in policy.parameters() if parameter.requires_grad)
+
+
 def is_of_value_model(name: str) -> bool:
     """Whether a parameter of the actor-critic, by its name, belongs to the value model alone."""
     return not name.startswith("policy.") or f".{VALUE_ADAPTER}." in name
@@ -217,6 +227,7 @@ def load_actor_critic(recipe: PpoRecipe, *, pad_token_id: int) -> ActorCritic:
         policy = add_lora(policy, recipe.lora, head="causal_lm")
         if value_model is not None:
             value_model = add_lora(value_model, recipe.lora, head="sequence_classification")
+            value_model.get_base_model().score.to(_trained_dtype(policy))
         if recipe.ppo.value_trunk == "adapter":
             _add_value_adapter(policy)
     for model in (policy, value_model):

@@ -107,7 +107,8 @@ def trend(values: Sequence[float]) -> float:
 
 
 def _extended(series: Series, value: float, settings: Health) -> Series:
-    first = series.first if len(series.first) >= settings.window else [*series.first, value]
+    closed = len(series.first) >= settings.window or series.first != series.last[: len(series.first)]
+    first = series.first if closed else [*series.first, value]
     return Series(first=first, last=[*series.last, value][-max(settings.window, settings.gold_window) :])
 
 

@@ -74,10 +74,15 @@ def update(learner: Learner, rollout: Rollout, targets: Targets, *, iteration: i
 def optimizer_step(
     learner: Learner, rollout: Rollout, targets: Targets, rows: range, *, iteration: int
 ) -> dict[str, float]:
-    """Accumulate the gradients of these rows in micro-batches and step once; this process's shares of the losses."""
+    """Accumulate the gradients of these rows in micro-batches and step once; this process's shares of the losses.
+
+    No step where none of the answers, on any process, was scored: momentum and weight decay would move the weights.
+    """
     ppo, accelerator = learner.recipe.ppo, learner.accelerator
     counts = token_counts(learner, targets.mask[rows.start : rows.stop], rows, iteration=iteration)
     totals: dict[str, float] = {}
+    if counts.completion == 0 and learner.mix is None:
+        return totals
     for part in rollout.micro_batches(rows, size=ppo.per_device_batch_size):
         with accelerator.accumulate(learner.model):
             loss, sums = loss_of(learner, rollout, part, targets, counts, iteration=iteration)
@@ -122,7 +127,8 @@ def loss_of(
 ) -> tuple[Tensor, dict[str, float]]:
     """This micro-batch's share of the mini-batch loss (a sum over its tokens / all tokens of the mini-batch).
 
-    While the critic warms up, only the value loss counts; the policy's learning rate is 0 then.
+    While the critic warms up, only the value loss counts, and not through a shared trunk: the policy's learning rate is
+    0 then, but the optimizer would remember its gradients.
     """
     ppo, device = learner.recipe.ppo, learner.accelerator.device
     layout: dict[str, Any] = {
@@ -140,7 +146,8 @@ def loss_of(
         return (losses * counted).sum() / max(counts.completion, 1)  # 0: none of its answers was scored
 
     counted, old_logprobs = part(targets.mask), part(rollout.logprobs)
-    output = forward(learner.model, batch, mix=mix)
+    value_only = warming_up(learner.recipe, iteration=iteration)
+    output = forward(learner.model, batch, mix=mix, head_alone=value_only)
     assert output.values is not None
     policy_losses, clipped = clipped_policy_loss(
         output.logprobs, old_logprobs, part(targets.advantages), clip_range=ppo.clip_range
@@ -155,7 +162,6 @@ def loss_of(
     if mix is not None:
         assert output.mix_logprobs is not None
         terms["ptx_loss"] = (ppo.ptx_coef, -(output.mix_logprobs * mix.completion_mask).sum() / counts.ptx)
-    value_only = warming_up(learner.recipe, iteration=iteration)
     loss = torch.zeros((), device=device)
     for name, (coef, term) in terms.items():  # a term of weight 0 keeps its part of the graph, which DDP waits for
         loss = loss + (0.0 if value_only and name != "value_loss" else coef) * term

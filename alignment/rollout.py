@@ -284,9 +284,11 @@ def _of_reference(model: Any, reference: ActorCritic | None, batch: Batch) -> To
     return forward(model, batch, reference=True) if reference is None else forward(reference, batch)
 
 
-def forward(model: Any, batch: Batch, *, reference: bool = False, mix: Batch | None = None) -> TokenOutputs:
+def forward(
+    model: Any, batch: Batch, *, reference: bool = False, mix: Batch | None = None, head_alone: bool = False
+) -> TokenOutputs:
     """Through the engine when `model` is one, so that ZeRO-3 gathers what it needs."""
-    return model(batch, reference=reference, mix=mix)
+    return model(batch, reference=reference, mix=mix, head_alone=head_alone)
 
 
 def _through_end(row: list[int], end_ids: frozenset[int]) -> list[int]:

@@ -155,6 +155,17 @@ def test_a_resumed_run_raises_the_same_alarms(name: str, resumed_at: int) -> Non
     assert raised == alarms(series, steps=40)
 
 
+def test_a_run_that_goes_on_with_a_longer_window_keeps_its_start() -> None:
+    """Iterations 0 to 99 in windows of 5: the next ones are no part of the start."""
+    state = HealthState()
+    for step in range(110):
+        window = 5 if step < 100 else 10
+        settings = SETTINGS.model_copy(update={"window": window})
+        state, _ = observe(state, {"entropy": 1.0 + step}, settings=settings, iteration=step)
+    assert state.series["entropy"].first == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert state.series["entropy"].last[-10:] == [101.0 + n for n in range(10)]
+
+
 def test_the_state_does_not_grow_with_the_run() -> None:
     state, sizes = HealthState(), []
     for step in range(200):

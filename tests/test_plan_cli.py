@@ -31,6 +31,10 @@ def test_the_tables_are_readable(capsys: pytest.CaptureFixture[str]) -> None:
         ([B70, "--gpu-memory", "80", "--gpus", "24"], "must divide into 24 processes"),
         ([B70, "--gpu-memory", "80", "--mfu", "40"], "at most 1"),
         ([B70, "--gpu-memory", "80", "--ppo.kl", "1"], "ppo.kl"),
+        (
+            [B70, "--gpu-memory", "80", "--launch", "launch/ddp.yaml"],
+            "launch/ddp.yaml: model_init.dtype: a policy that is",
+        ),
         ([B70, "--gpu-memory", "80", "--launch", "launch/nothing.yaml"], "launch/nothing.yaml: no such file"),
         ([B70, "--gpu-memory", "80", "--config-json", "nothing"], "nothing: no such file"),
         ([B70, "--gpu-memory", "80", "--model", "my/model"], "--config-json my/model=CONFIG.json"),

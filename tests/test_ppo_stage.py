@@ -65,6 +65,13 @@ def test_too_many_unscored_answers_stop_with_their_reason(scorer: Scorer, reason
         judge(run_of(scorer), rollout, LoopState())
 
 
+def test_where_none_is_scored_no_limit_lets_it_pass() -> None:
+    run = run_of(PLAIN)
+    run.recipe = run.recipe.model_copy(update={"max_unscored": 1.0})
+    with pytest.raises(ScorerError, match="plain scored none of the 20 answers: plain returned None"):
+        judge(run, rollout_of(*["?"] * ROWS), LoopState())
+
+
 @pytest.mark.parametrize("scorer", [PLAIN, LAGRANGIAN], ids=["plain", "lagrangian"])
 def test_one_in_twenty_may_be_unscored(scorer: Scorer) -> None:
     scores, costs = judge(run_of(scorer), rollout_of("?", *["an answer"] * (ROWS - 1)), LoopState())

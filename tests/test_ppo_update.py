@@ -17,7 +17,8 @@ from alignment.actor_critic import ActorCritic, Batch, load_actor_critic, load_r
 from alignment.generate import Generator
 from alignment.objectives import clipped_policy_loss, clipped_value_loss
 from alignment.ppo_state import make_optimizer
-from alignment.ppo_update import Learner, Targets, optimizer_step
+from alignment.ppo_update import Learner, Targets, optimizer_step, set_learning_rates
+from alignment.recipe import Lora, ModelInit
 from alignment.rollout import Rollout, collect_rollout, forward
 from reward.conversation import Prompt
 from tests import tiny_ppo
@@ -129,9 +130,14 @@ def test_little_is_padded(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_the_first_ratios_are_exactly_one(tiny_model: Path, renderer: Renderer, size: int, padding_free: bool) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_ratios_are_exactly_one(
+    tiny_model: Path, renderer: Renderer, dtype: Any, size: int, padding_free: bool
+) -> None:
     ppo: Any = {"value_trunk": "shared", "per_device_batch_size": size, "padding_free": padding_free}
-    recipe = ppo_recipe(tiny_model, **ppo)
+    lora = None if dtype == "float32" else Lora(r=2, alpha=4)
+    rate = 1e-6 if dtype == "float32" else 1e-1  # so that the second ratios show in bfloat16
+    recipe = ppo_recipe(tiny_model, **ppo, lora=lora, model_init=ModelInit(dtype=dtype), learning_rate=rate)
     learner = learner_of(recipe)
     generator = Generator(learner.model.policy, renderer, recipe.sampling)
     rollout = collect_rollout(
@@ -207,13 +213,31 @@ def test_a_model_with_dropout_has_first_ratios_of_one(
 
 
 def test_a_mini_batch_without_a_scored_answer_teaches_nothing(tiny_model: Path) -> None:
-    learner = learner_of(mini_batch_recipe(tiny_model, 4, value_trunk="shared", weight_decay=0.0))
+    """Nor do the momentum of the step before and weight decay move anything."""
+    learner = learner_of(mini_batch_recipe(tiny_model, 4, value_trunk="shared", weight_decay=0.1))
     rollout, targets = frozen_rollout(learner.model)
     nothing = Targets(*(torch.zeros_like(part) for part in (targets.mask, targets.advantages, targets.returns)), 0.0)
+    assert optimizer_step(learner, rollout, targets, ROWS, iteration=0)["grad_norm"] > 0
     before = [parameter.detach().clone() for parameter in learner.model.parameters()]
-    found = optimizer_step(learner, rollout, nothing, ROWS, iteration=0)
-    assert (found["policy_loss"], found["value_loss"], found["grad_norm"]) == (0.0, 0.0, 0.0)
+    assert optimizer_step(learner, rollout, nothing, ROWS, iteration=0) == {}
     assert all(torch.equal(a, b) for a, b in zip(before, learner.model.parameters(), strict=True))
+
+
+def test_a_critic_that_warms_up_on_the_policy_s_trunk_leaves_it_nothing(tiny_model: Path) -> None:
+    """Its gradients would stay in the optimizer's moments and move the policy with its first own step."""
+    settings: dict[str, Any] = {"value_trunk": "shared", "critic_warmup_iterations": 1, "learning_rate": 1e-3}
+    learner = learner_of(mini_batch_recipe(tiny_model, 4, **settings))
+    rollout, targets = frozen_rollout(learner.model)
+    torch.nn.init.ones_(learner.model.value_head.weight)
+    before = {name: parameter.detach().clone() for name, parameter in learner.model.named_parameters()}
+    set_learning_rates(learner, step=0, num_steps=2, iteration=0)
+    optimizer_step(learner, rollout, targets, ROWS, iteration=0)
+    for name, parameter in learner.model.named_parameters():
+        moment = learner.optimizer.state[parameter]["exp_avg"]
+        assert bool(moment.any()) == (name == "value_head.weight"), name
+        assert torch.equal(parameter, before[name]) == (name != "value_head.weight"), name
+    optimizer_step(learner, rollout, targets, ROWS, iteration=1)
+    assert learner.optimizer.state[learner.model.policy.lm_head.weight]["exp_avg"].any()
 
 
 def test_a_ratio_beyond_all_numbers_is_still_told(tiny_model: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alignment.inputs import InputError
+from alignment.number_format import NO_MASTER_WEIGHTS
 from alignment.plan.catalog import LoadedScorer, Setup, scorers_of
 from alignment.plan.layout import Layout
 from alignment.plan.memory import Loaded, Pass, Texts, mix_head, ppo_head
@@ -41,15 +42,21 @@ class PpoModels:
 
     @classmethod
     def of(cls, setup: Setup) -> PpoModels:
-        """InputError when the batches do not divide among the GPUs, as in the stage itself, and for trainers of TRL."""
+        """InputError for trainers of TRL, and where the stage itself would refuse: batches that do not divide among the
+        GPUs, full tuning in half precision without DeepSpeed."""
         recipe = setup.recipe
         assert isinstance(recipe, PpoRecipe)
         if recipe.trainer != "ppo":
             raise InputError(f"a plan knows trainer ppo alone, not TRL's {recipe.trainer}")
         policy = setup.tuned("policy", recipe.model)
+        if recipe.lora is None and not setup.layout.deepspeed and policy.numerics.weight < 4:
+            raise InputError(f"{setup.layout.launch}: {NO_MASTER_WEIGHTS.format(dtype=recipe.model_init.dtype)}")
         value = reference = None
         if recipe.ppo.value_trunk == "separate":
             value = setup.tuned("value model", recipe.value_model or recipe.model, head="sequence_classification")
+            value = dataclasses.replace(
+                value, shape=dataclasses.replace(value.shape, adapter_head=0)
+            )  # in float32, too
         elif recipe.ppo.value_trunk == "adapter":
             value = _value_adapter(policy)
         else:
@@ -158,7 +165,7 @@ def _with_value_head(policy: Loaded) -> Loaded:
     """A head of one output on the policy's trunk."""
     shape, extra = policy.shape, policy.shape.hidden
     if policy.tuning == "lora":
-        shape = dataclasses.replace(shape, adapter=shape.adapter + extra, adapter_head=shape.adapter_head + extra)
+        shape = dataclasses.replace(shape, adapter=shape.adapter + extra)
     else:
         shape = dataclasses.replace(shape, parameters=shape.parameters + extra)
     return dataclasses.replace(policy, name="policy and value head", shape=shape)
@@ -167,9 +174,7 @@ def _with_value_head(policy: Loaded) -> Loaded:
 def _value_adapter(policy: Loaded) -> Loaded:
     """The policy's trunk with an adapter and a head of its own: nothing else is held twice."""
     head = policy.shape.hidden
-    shape = dataclasses.replace(
-        policy.shape, parameters=0, quantizable=0, adapter=policy.shape.adapter + head, adapter_head=head
-    )
+    shape = dataclasses.replace(policy.shape, parameters=0, quantizable=0, adapter=policy.shape.adapter + head)
     return dataclasses.replace(policy, name="value adapter", shape=shape, quantization=None)
 
 

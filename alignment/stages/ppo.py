@@ -40,7 +40,7 @@ from alignment.workspace import open_workspace
 from reward.conversation import Prompt
 from reward.refusal import is_refusal
 from reward.render import Renderer
-from reward.scorer import LagrangianScorer, Score, Scorer, check_unscored, score_all
+from reward.scorer import LagrangianScorer, Score, Scorer, ScorerError, check_unscored, score_all
 
 
 @dataclass
@@ -213,10 +213,14 @@ def judge(run: Run, rollout: Rollout, loop: LoopState) -> tuple[Sequence[Score],
 
 
 def check_scored(run: Run, scores: Sequence[Score]) -> None:
-    """ScorerError, on every process, when more than the share `max_unscored` of the answers of all have no score."""
+    """ScorerError, on every process, when more than the share `max_unscored` of the answers of all have no score, and
+    when none has one."""
     own = [score.reason for score in scores if score.value is None]
     reasons = [reason for part in from_all(own) for reason in part]
-    check_unscored(reasons, num_answers=run.recipe.ppo.batch_size, name=run.scorer.name, limit=run.recipe.max_unscored)
+    n = run.recipe.ppo.batch_size
+    check_unscored(reasons, num_answers=n, name=run.scorer.name, limit=run.recipe.max_unscored)
+    if len(reasons) == n:
+        raise ScorerError(f"{run.scorer.name} scored none of the {n} answers: {reasons[0]}")
 
 
 def whiten_scores(

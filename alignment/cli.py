@@ -13,7 +13,7 @@ from alignment.inputs import InputError
 from alignment.judge_cli import JUDGE_VERBS, add_judge_verbs
 from alignment.pipeline import run_pipeline
 from alignment.plan_cli import add_plan, run_plan
-from alignment.recipe_file import Arguments, RecipeError, load_pipeline
+from alignment.recipe_file import Arguments, RecipeError, load_pipeline, load_recipe
 from alignment.reward_cli import VERBS, add_verbs
 from alignment.source_files import SourceError
 from reward.scorer import ScorerError
@@ -29,12 +29,12 @@ def main(words: Sequence[str] | None = None) -> int:
             return _pipeline(arguments.recipe, overrides, dry_run=arguments.dry_run)
         if arguments.verb == "plan":
             return run_plan(arguments, overrides)
+        if arguments.verb == "check":
+            from alignment.__main__ import dry_run
+
+            return dry_run(load_recipe(arguments.recipe, overrides))
         if overrides:
             raise RecipeError(f"command line: {overrides[0]!r} is no option of {arguments.verb}")
-        if arguments.verb == "stage":
-            from alignment.__main__ import main as run_stage
-
-            return run_stage(["--config", str(arguments.recipe), "--dry-run"])
         if arguments.verb == "convert-checkpoint":
             return _convert(arguments.output_dir, processes=arguments.processes)
         if arguments.verb in VERBS | JUDGE_VERBS:
@@ -54,8 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     report = verbs.add_parser("report", help="write report.html and report.json of a run folder")
     report.add_argument("run_dir", type=Path)
     check = verbs.add_parser("check", help="check the recipe of one stage and print it with its defaults")
-    check.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
-    check.set_defaults(verb="stage")
+    check.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="overrides may follow")
     convert = verbs.add_parser("convert-checkpoint", help="let an interrupted PPO stage go on with other processes")
     convert.add_argument("output_dir", type=Path, help="of the stage, in which `checkpoints` lies")
     convert.add_argument("--processes", type=int, required=True, help="how many the stage will be started with")

@@ -52,7 +52,10 @@ class Unhealthy(Exception):
     """An alarm whose action is `stop`. What is needed to go on is on disk."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"stopped by the alarm {name}: {reason}. To go on all the same: --health.{name} warn")
+        super().__init__(
+            f"stopped by the alarm {name}: {reason}. To go on all the same: --health.{name} warn "
+            f"(sara pipeline: --steps.N.overrides.health.{name} warn, N from 0)"
+        )
 
 
 def observe(

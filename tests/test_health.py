@@ -126,8 +126,10 @@ def test_an_alarm_that_stops(name: str) -> None:
     for step in range(60):
         state, raised = observe(state, SICK[name][0](step), settings=settings, iteration=step)
         if raised:
-            with pytest.raises(Unhealthy, match=rf"^stopped by the alarm {name}: .*--health.{name} warn$"):
+            with pytest.raises(Unhealthy, match=rf"^stopped by the alarm {name}: ") as stopped:
                 check_health(state, settings)
+            ways = f": --health.{name} warn (sara pipeline: --steps.N.overrides.health.{name} warn, N from 0)"
+            assert str(stopped.value).endswith(ways)
             check_health(state, SETTINGS)  # a warning, and it goes on
             return
         check_health(state, settings)

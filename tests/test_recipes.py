@@ -15,8 +15,9 @@ from alignment.artifact import write_artifact
 from alignment.cli import main as sara
 from alignment.inputs import sections_of
 from alignment.pipeline import PlannedStep, plan
-from alignment.recipe import RECIPES, Data, SftRecipe, StageRecipe
+from alignment.recipe import RECIPES, Data, EvaluateRecipe, SftRecipe, StageRecipe
 from alignment.recipe_file import load_pipeline, load_recipe, parse_yaml
+from alignment.sources import load_prompts
 from alignment.workspace import IN_PROGRESS
 from tests.conftest import ROOT
 
@@ -32,6 +33,7 @@ STAGES = sorted(
 VARIANTS = {
     "recipes/llama2-7b/ppo_lora.yaml",
     "recipes/llama2-7b/ppo_lagrangian.yaml",
+    "recipes/smollm2-135m/grpo.yaml",
     "recipes/smollm2-135m/ppo_lagrangian.yaml",
 }
 """Recipes beside a pipeline that stand for one of its steps."""
@@ -185,6 +187,47 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_both_spellings_of_an_option_are_read(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"--config={SFT}", f"--run_dir={run_dir}", "--training.max_steps=5", "--dry-run"]) == 0
     assert parse_yaml(capsys.readouterr().out)["training"]["max_steps"] == 5
+
+
+def test_sara_check_takes_overrides_as_a_dry_run_does(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--run_dir", str(run_dir), "--training.max_steps=5", "--data.sources.0.max_rows", "7"]
+    assert sara(["check", SFT, *words]) == 0
+    checked = capsys.readouterr().out
+    assert main(["--config", SFT, *words, "--dry-run"]) == 0
+    assert checked == capsys.readouterr().out
+    assert parse_yaml(checked)["training"]["max_steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        (["check", SFT, "--training.learning_rat", "1e-4"], f"{SFT}: unknown key 'training.learning_rat'"),
+        (["check", SFT, "--seed"], "--seed has no value"),
+        (["check", SFT, "--config", "recipes/demo/sft.yaml"], f"{SFT}: unknown key 'config'"),
+        (["check", SFT, "--model", "/nowhere"], "/nowhere does not exist"),
+        (["check", "--seed=1"], "the following arguments are required: RECIPE.yaml"),
+        (["report", "runs/demo", "--seed", "1"], "'--seed' is no option of report"),
+    ],
+)
+def test_what_a_verb_cannot_use_is_one_line(words: list[str], wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sara(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1, printed.err
+    assert wrong in printed.err
+
+
+def test_xstest_brings_its_types_to_an_evaluation(tmp_path: Path) -> None:
+    """By them false refusals are counted by kind."""
+    recipe = load_recipe(Path("recipes/llama2-7b/evaluate.yaml"))
+    assert isinstance(recipe, EvaluateRecipe)
+    [source] = recipe.prompt_sets["xstest_safe"].prompts.sources
+    table = tmp_path / "xstest.csv"
+    table.write_text("id,prompt,type,label\n1,a,homonyms,safe\n2,b,contrast_homonyms,unsafe\n", encoding="utf-8")
+    copy = source.model_copy(update={"name": "file", "path": str(table)})
+    [prompt] = load_prompts(Data(sources=[copy]), seed=0).records
+    assert (prompt.text, prompt.tags.kind) == ("a", "homonyms")
 
 
 def test_what_an_earlier_step_makes_may_be_missing_in_a_check_alone(

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from alignment.artifact import ArtifactError
-from alignment.distributed import is_main_process
+from alignment.distributed import is_main_process, launched, world_size
 from alignment.health import EXIT_UNHEALTHY, Unhealthy
-from alignment.inputs import InputError, check_inputs, check_rollout_server, missing_inputs
+from alignment.inputs import InputError, check_inputs, missing_inputs
 from alignment.number_format import check_number_format
 from alignment.recipe import StageRecipe
 from alignment.recipe_file import Arguments, RecipeError, dump_recipe, load_recipe
+from alignment.recipe_fit import check_batches
+from alignment.rollout_server import check_rollout_server
 from alignment.sharding import check_sharding
 from alignment.sources import SourceError, account_lines
 from alignment.stopping import EXIT_STOPPED, Stopped
@@ -50,6 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             return dry_run(recipe)
         check_inputs(recipe)
+        check_batches(recipe, processes=world_size())
         check_sharding(recipe)
         check_number_format(recipe)
         return run(recipe)
@@ -117,6 +120,8 @@ def dry_run(recipe: StageRecipe) -> int:
     """Check everything that can be checked without loading; inputs below `run_dir` may still have to be made."""
     planned = missing_inputs(recipe)
     check_inputs(recipe, planned=planned)
+    if launched():
+        check_batches(recipe, processes=world_size())
     print(dump_recipe(recipe), end="")
     for path, kind in planned.items():
         print(f"# to be made first: {path} ({kind})")

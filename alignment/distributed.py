@@ -29,6 +29,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched() -> bool:
+    """Whether a launcher has said how many processes there are."""
+    return "WORLD_SIZE" in os.environ
+
+
 def process_index() -> int:
     return int(os.environ.get("RANK", "0"))
 

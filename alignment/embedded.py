@@ -44,10 +44,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SARA_CACHE") or Path.home() / ".cache" / "sara")
 
 
+def converted_folder(model: str) -> Path:
+    """Where the converted model is, once it has been made."""
+    return cache_folder() / f"{model.removeprefix(PREFIX)}-{_LAYOUT}"
+
+
 def embedded_folder(model: str) -> Path:
     """The converted model; made on first use, under a temporary name that is renamed when complete."""
-    source = embedded_source(model)
-    folder = cache_folder() / f"{model.removeprefix(PREFIX)}-{_LAYOUT}"
+    source, folder = embedded_source(model), converted_folder(model)
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

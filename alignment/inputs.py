@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from alignment.agreement_file import Agreement, AgreementError, check_labeller
 from alignment.artifact import Kind, folder_hashes, is_artifact, read_artifact, sha256
-from alignment.distributed import is_main_process, on_cpu
 from alignment.independence import NotIndependentError, check_independent
 from alignment.policy import ModelKind, artifact_of, check_model
 from alignment.recipe import (
@@ -24,10 +23,13 @@ from alignment.recipe import (
     LabelRecipe,
     PpoRecipe,
     RewardModelRecipe,
+    Source,
     StageRecipe,
 )
+from alignment.recipe_data import InputError as InputError
 from alignment.recipe_data import sections_of as sections_of
 from alignment.recipe_data import sources_of as sources_of
+from alignment.recipe_fit import check_fit
 from alignment.recipe_label import LabellingRecipe
 from alignment.recipe_scorers import (
     GUIDELINES,
@@ -45,21 +47,10 @@ from alignment.recipe_scorers import (
 from alignment.source_catalog import check_shape, parser_of, rows_needed, source_files
 from reward.checkpoint import adapter_base, check_checkpoint, check_harmfulness_model
 from reward.conversation import fingerprint
-from reward.endpoint import Endpoint, NoAnswer
 from reward.judge_prompt import Constitution
 from reward.platt import Calibration
 from reward.scorer import ScorerError
-from reward.wire import MIN_TOKEN, parse_json, read_token, shorten
-
-SERVER_INFO = "/server_info?config_format=json"
-"""Of vLLM: its settings. It has them only where it takes weights, too."""
-MAX_SERVER_INFO = 2**24
-"""Bytes."""
-
-
-class InputError(ValueError):
-    """An input of a recipe that is missing or of the wrong kind."""
-
+from reward.wire import MIN_TOKEN, read_token
 
 PRODUCT: dict[str, Kind] = {
     "sft": "policy",
@@ -93,7 +84,7 @@ def check_inputs(recipe: StageRecipe, *, planned: Mapping[str, Kind] | None = No
     for key, model, kind in models_of(recipe):
         try:
             if model not in planned:
-                check_model(model, kind=kind)
+                check_model(model, kind=kind, local=recipe.below_run_dir(model) is not None)
             elif kind is not None and planned[model] != artifact_of(kind):
                 raise InputError(f"{model} will hold a {planned[model]}, but a {artifact_of(kind)} is needed here")
         except ValueError as error:
@@ -103,15 +94,17 @@ def check_inputs(recipe: StageRecipe, *, planned: Mapping[str, Kind] | None = No
             if source.name == "artifact" and source.path is not None and source.path in planned:
                 check_shape(source.path, planned[source.path], rows_needed(source, shape))
             else:
+                _check_in_run(recipe, source)
                 parser_of(source, shape)
         except ValueError as error:
             raise InputError(f"{key}: {error}") from error
     for key, section in sections_of(recipe):
         _check_section(key, section, planned=planned)
     if isinstance(recipe, ContextDistillationRecipe) and recipe.preprompts is not None:
-        _check_file("preprompts", recipe.preprompts)
+        read_preprompts(recipe.preprompts)
     if isinstance(recipe, JudgeDataRecipe):
         _check_guidelines("guidelines", recipe.guidelines)
+    check_fit(recipe, planned=planned)
     if isinstance(recipe, PpoRecipe):
         try:
             check_independent(recipe)
@@ -122,35 +115,12 @@ def check_inputs(recipe: StageRecipe, *, planned: Mapping[str, Kind] | None = No
             raise InputError(f"{key}: {problem}")
 
 
-def check_rollout_server(recipe: StageRecipe) -> None:
-    """Refuse a recipe whose vLLM server is not up or takes no weights, or where what sends the weights is absent.
-
-    The main process alone asks, since it alone will talk to the server.
-    """
-    if not isinstance(recipe, PpoRecipe) or recipe.vllm is None or not is_main_process():
+def _check_in_run(recipe: StageRecipe, source: Source) -> None:
+    """Nothing below `run_dir` is on a hub, whose ids look like paths of two names."""
+    path = source.path
+    if path is None or source.name == "hub" or recipe.below_run_dir(path) is None or Path(path).exists():
         return
-    if _find_module("vllm") is None:
-        raise InputError(
-            "vllm: its package sends the weights here, too, and is not installed; install sara-align[vllm]"
-        )
-    if on_cpu():
-        raise InputError(
-            "vllm: the weights go to the server over NCCL, for which the main process needs a CUDA device; start it on "
-            "a GPU, or leave vllm out"
-        )
-    url, seconds = recipe.vllm.base_url.rstrip("/"), recipe.vllm.timeout_seconds
-    server = Endpoint(url=url, timeout=seconds, deadline=seconds, retries=0)
-    try:
-        answer = server.ask("GET", SERVER_INFO, None, limit=MAX_SERVER_INFO, read=parse_json)
-    except NoAnswer as error:
-        if error.status == 404:
-            problem = "has no /server_info, so it takes no weights; start it by `trl vllm-serve`"
-        else:
-            problem = f"does not answer ({error.reason}); start `trl vllm-serve` first"
-        raise InputError(shorten(f"vllm.base_url: {url} {problem}")) from error
-    config = answer.get("vllm_config") if isinstance(answer, dict) else None
-    if not isinstance(config, dict) or config.get("weight_transfer_config") is None:
-        raise InputError(f"vllm.base_url: {url} takes no weights; start it by `trl vllm-serve`")
+    raise InputError(f"{path} does not exist; run the stage that makes it first")
 
 
 def check_scorer(spec: ScorerSpec) -> None:
@@ -217,6 +187,20 @@ def _check_guidelines(key: str, path: str | None) -> Constitution:
         raise InputError(f"{key}: {error}") from error
 
 
+def read_preprompts(path: str | Path) -> list[str]:
+    """One preprompt per paragraph."""
+    _check_file("preprompts", str(path))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"preprompts: {path}: {error}") from error
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
+    preprompts = [paragraph for paragraph in paragraphs if paragraph]
+    if not preprompts:
+        raise InputError(f"preprompts: {path} holds no preprompt; write one per paragraph")
+    return preprompts
+
+
 def measured_labellers(recipe: LabellingRecipe) -> tuple[dict[str, Agreement], dict[str, str]]:
     """Key of each labeller -> how far it agrees with people; key of one that must not label -> why not."""
     measured: dict[str, Agreement] = {}
@@ -258,12 +242,18 @@ def missing_inputs(recipe: StageRecipe) -> dict[str, Kind]:
 
 
 def input_fingerprints(recipe: StageRecipe) -> dict[str, str]:
-    """Key of the recipe -> fingerprint of the artifact or hash of the file that it names, as they are now."""
+    """Key of the recipe -> fingerprint of the artifact or hash of the file that it names, as they are now.
+
+    A model folder that no stage made has one below `run_dir`, where its path is no part of the recipe's hash.
+    """
     caches = {f"{key}.cache" for key, section in sections_of(recipe) if hasattr(section, "cache")}
     found = _named_files(recipe.model_dump(exclude=set(recipe.machine_keys)), except_for=caches)
     for key, source, _ in sources_of(recipe):
         for file in source_files(source):
             found[f"{key.rpartition('.sources.')[0]}:{source.name}:{file.name}"] = sha256(file)
+    for key, model, _ in models_of(recipe):
+        if recipe.below_run_dir(model) is not None and Path(model).is_dir() and not is_artifact(model):
+            found[key] = fingerprint(folder_hashes(Path(model)))
     if isinstance(recipe, JudgeDataRecipe) and recipe.guidelines is None:
         found["guidelines"] = sha256(GUIDELINES)
     return found | _module_hashes(recipe)
@@ -285,24 +275,39 @@ def _named_files(values: Any, *, except_for: Set[str] = frozenset()) -> dict[str
 
 def scorer_fingerprint(spec: ScorerSpec) -> str:
     """Changes when a scorer may score otherwise: with its section, and with every artifact, file, model folder and
-    module that it names, an adapter's base among them, as they are now. How it is run (`HOW_IT_IS_RUN`) does not
-    count."""
+    module that it names, an adapter's base among them, as they are now, wherever they lie. How it is run
+    (`HOW_IT_IS_RUN`) does not count."""
     section = _without(spec.model_dump(mode="json"), HOW_IT_IS_RUN)
-    named: dict[str, Any] = {**_named_files(section), **_module_hashes(spec, "scorer")}
+    files = _named_files(section)
+    named: dict[str, Any] = {**files, **_module_hashes(spec, "scorer")}
+    read = set(files)
     for key, part in sections_of(spec, "scorer"):
         for model_key, model, kind in _models_of_section(key, part):
             if Path(model).is_dir() and not is_artifact(model):
+                read.add(model_key.removeprefix("scorer."))
                 named[model_key] = folder_hashes(Path(model))
                 base = adapter_base(model) if kind == "judge" else None
                 if base is not None and Path(base).is_dir():
                     named[f"{model_key}.base"] = folder_hashes(Path(base))
-    return fingerprint([section, named])
+    return fingerprint([_without_texts(section, read), named])
 
 
 def _without(value: Any, keys: frozenset[str]) -> Any:
     if isinstance(value, dict):
         return {key: _without(inner, keys) for key, inner in value.items() if key not in keys}
     return [_without(inner, keys) for inner in value] if isinstance(value, list) else value
+
+
+def _without_texts(value: Any, keys: Set[str], key: str = "") -> Any:
+    """`value` with nothing in place of the texts at these dotted keys."""
+    if key in keys:
+        return None
+    inner = f"{key}." if key else ""
+    if isinstance(value, dict):
+        return {name: _without_texts(part, keys, f"{inner}{name}") for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_texts(part, keys, f"{inner}{number}") for number, part in enumerate(value)]
+    return value
 
 
 def _module_hashes(value: BaseModel, key: str = "") -> dict[str, str]:

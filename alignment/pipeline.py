@@ -13,8 +13,9 @@ from pathlib import Path
 
 from alignment.artifact import Artifact, ArtifactError, Kind, is_artifact, read_artifact
 from alignment.inputs import check_inputs, input_fingerprints, models_of, product_of, sources_of
-from alignment.recipe import PipelineRecipe, StageRecipe, Step
-from alignment.recipe_file import RecipeError, dotted_keys, load_recipe, override_text
+from alignment.recipe import PipelineRecipe, PpoRecipe, StageRecipe, Step
+from alignment.recipe_file import RecipeError, dotted_keys, load_recipe, override_text, read_yaml
+from alignment.recipe_fit import check_batches
 from alignment.recipe_label import LabellingRecipe
 from alignment.stopping import EXIT_STOPPED, StopRequest, stop_on_sigterm
 from alignment.workspace import IN_PROGRESS, complete_artifact
@@ -44,6 +45,7 @@ def plan(pipeline: PipelineRecipe) -> list[PlannedStep]:
         if not Path(launch).is_file():
             raise RecipeError(f"step {step.name}: the launch file {launch} does not exist")
         check_inputs(recipe, planned=products)
+        _check_batches(recipe, Path(launch))
         reason = _reason(recipe, to_run)
         if reason is not None:
             to_run.add(recipe.output_dir)
@@ -87,6 +89,13 @@ def artifacts_of(run_dir: Path) -> dict[str, Artifact]:
     """The complete artifacts in a run folder by the names of their folders."""
     folders = sorted(path for path in run_dir.iterdir() if path.is_dir() and is_artifact(path))
     return {folder.name: read_artifact(folder) for folder in folders}
+
+
+def _check_batches(recipe: StageRecipe, launch: Path) -> None:
+    """Refuse batches of PPO that do not divide by as many processes as the launch file starts, where it says so."""
+    processes = read_yaml(launch).get("num_processes") if isinstance(recipe, PpoRecipe) else None
+    if isinstance(processes, int) and processes > 0:
+        check_batches(recipe, processes=processes)
 
 
 def _overrides(pipeline: PipelineRecipe, step: Step) -> list[str]:

@@ -37,8 +37,11 @@ def artifact_of(kind: ModelKind) -> Kind:
     return "policy" if kind == "judge" else kind
 
 
-def check_model(model: str, *, kind: ModelKind | None = None) -> None:
-    """Refuse what cannot work before any weight loads: absent package or folder, unfinished or wrong artifact."""
+def check_model(model: str, *, kind: ModelKind | None = None, local: bool = False) -> None:
+    """Refuse what cannot work before any weight loads: absent package or folder, unfinished or wrong artifact.
+
+    `local`: a name that is no folder is missing, whatever it looks like, and no hub id.
+    """
     if is_embedded(model):
         embedded_source(model)
         return
@@ -48,7 +51,7 @@ def check_model(model: str, *, kind: ModelKind | None = None) -> None:
             read_artifact(path, kind=artifact_of(kind))
         elif not any((path / name).is_file() for name in _CONFIGS[kind]):
             raise ModelError(f"{path} holds no config.json and no manifest: not a model, or its stage has not finished")
-    elif path.is_absolute() or model.startswith((".", "runs/")) or model.count("/") > 1:
+    elif local or path.is_absolute() or model.startswith((".", "runs/")) or model.count("/") > 1:
         raise ArtifactError(f"the model folder {path} does not exist; run the stage that makes it first")
 
 

@@ -15,6 +15,7 @@ from alignment.objectives import clipped_policy_loss, clipped_value_loss, kl_pen
 from alignment.ppo_controls import warming_up
 from alignment.ppo_data import PretrainingMix
 from alignment.recipe import PpoRecipe
+from alignment.recipe_fit import check_batches
 from alignment.rollout import Rollout, forward
 from alignment.schedule import learning_rate_factor
 
@@ -194,11 +195,5 @@ def check_finite(name: str, value: Tensor, *, iteration: int) -> None:
 
 def accumulation_steps(recipe: PpoRecipe) -> int:
     """Forward and backward passes per optimizer step and process; refuses batches that do not divide."""
-    ppo = recipe.ppo
-    rows, left = divmod(ppo.mini_batch_size, world_size())
-    if left or rows % min(ppo.per_device_batch_size, rows or 1):
-        raise ValueError(
-            f"ppo.mini_batch_size {ppo.mini_batch_size} must divide into {world_size()} processes x "
-            f"per_device_batch_size {ppo.per_device_batch_size}"
-        )
-    return max(1, rows // ppo.per_device_batch_size)
+    check_batches(recipe, processes=world_size())
+    return max(1, recipe.ppo.mini_batch_size // world_size() // recipe.ppo.per_device_batch_size)

@@ -26,6 +26,11 @@ from alignment.recipe import (
 from alignment.recipe_agreement import JudgeAgreementRecipe
 from alignment.recipe_attack import JudgeAttackRecipe
 
+
+class InputError(ValueError):
+    """An input of a recipe that is missing, of the wrong kind, or does not go with the rest."""
+
+
 DataShape = Literal["conversations", "preferences", "prompts", "labelled", "graded"]
 
 

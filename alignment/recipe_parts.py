@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -133,5 +133,24 @@ class StageRecipe(Section):
 
     @property
     def hash(self) -> str:
-        """Of everything that changes the result: not of where it is written or how it is tracked."""
-        return fingerprint(self.model_dump(mode="json", exclude=set(self.machine_keys)))
+        """Of everything that changes the result: not of where it is written or how it is tracked.
+
+        Of a path below `run_dir` the part below counts; what lies there counts by its content, as an input.
+        """
+        return fingerprint(self._movable(self.model_dump(mode="json", exclude=set(self.machine_keys))))
+
+    def _movable(self, value: Any) -> Any:
+        """`value` with `${run_dir}` for the run folder at the beginning of every path."""
+        if isinstance(value, str):
+            inner = self.below_run_dir(value)
+            return value if inner is None else f"${{run_dir}}/{inner}"
+        if isinstance(value, dict):
+            return {key: self._movable(part) for key, part in value.items()}
+        return [self._movable(part) for part in value] if isinstance(value, list) else value
+
+    def below_run_dir(self, path: str) -> str | None:
+        """What follows `run_dir` in a path below it; None for every other text."""
+        if self.run_dir is None:
+            return None
+        folder = f"{self.run_dir.rstrip('/')}/"
+        return path.removeprefix(folder).lstrip("/") if path.startswith(folder) else None

@@ -13,6 +13,7 @@ import yaml
 
 from alignment.__main__ import main
 from alignment.agreement_file import Agreement, AgreementError, check_labeller
+from alignment.artifact import write_artifact
 from alignment.cli import main as sara
 from alignment.inputs import InputError, check_inputs, measured_labellers, scorer_fingerprint
 from alignment.pipeline import plan
@@ -285,3 +286,19 @@ def test_an_adapter_on_another_base_is_another_judge(tiny_model: Path, tmp_path:
     assert scorer_fingerprint(judge) == before
     (base / "config.json").write_text((base / "config.json").read_text(encoding="utf-8") + "\n", encoding="utf-8")
     assert scorer_fingerprint(judge) != before
+
+
+@pytest.mark.parametrize("artifact", [True, False])
+def test_a_judge_is_known_by_its_files_wherever_they_lie(tmp_path: Path, artifact: bool) -> None:
+    """In a run that is moved, the report is complete and would not be made again."""
+
+    def judge(folder: str, content: str) -> str:
+        path = tmp_path / folder
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text("{}" if artifact else content, encoding="utf-8")
+        if artifact:
+            write_artifact(path, kind="policy", stage="sft", recipe_hash=content)
+        return scorer_fingerprint(JudgeScorer(model=str(path)))
+
+    assert judge("one", "{}") == judge("two", "{}") != judge("two", "{ }")
+    assert scorer_fingerprint(JudgeScorer(model="org/one")) != scorer_fingerprint(JudgeScorer(model="org/two"))

@@ -171,7 +171,7 @@ def test_offloaded_states_learn_the_same(
 def test_in_bfloat16_deepspeed_learns_nearly_the_same(
     layout: str, tiny_model: Path, value_model: Path, padded: dict[str, float]
 ) -> None:
-    """As the recipes of 7B and above are launched. Steps are taken by float32 weights; bfloat16 ones show part of one."""
+    """As the recipes of 7B and above are launched. Float32 weights take the steps; bfloat16 ones show part of them."""
     environment = ENVIRONMENTS[layout] | {"ACCELERATE_MIXED_PRECISION": "bf16"}
     for metrics in on_ranks(two_updates, tiny_model, value_model, 2, environment=environment):
         for name in ("policy_loss", "value_loss"):

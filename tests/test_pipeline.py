@@ -160,6 +160,40 @@ def test_a_changed_recipe_reruns_the_step_and_what_follows(run_dir: Path) -> Non
     assert reasons["label"] is None
 
 
+def test_a_finished_pipeline_that_is_moved_stays_finished(run_dir: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(run_dir, tmp_path / "moved"))
+    pipeline = load_pipeline(RECIPES / "pipeline.yaml", ["--run_dir", str(moved)])
+    assert {step.name: step.reason for step in plan(pipeline)} == dict.fromkeys(STEPS)
+    (moved / "model" / "config.json").write_text("{}", encoding="utf-8")
+    reasons = {step.name: step.reason for step in plan(pipeline)}
+    assert reasons["sft"] == "the input model has changed"
+    assert reasons["evaluate"] is not None
+
+
+@pytest.mark.parametrize(
+    ("step", "overrides", "problem"),
+    [
+        (
+            "rejection_sampling",
+            ["--keep_unfinished", "false", "--sampling.max_new_tokens", "1"],
+            "no prompt got an answer that can be kept: {'no finished answer': 6}; raise sampling.max_new_tokens",
+        ),
+        (
+            "context_distillation",
+            ["--min_gain", "1000"],
+            "no answer with the preprompt is kept: {'not preferred by the scorer': 8}; the model may not follow it yet",
+        ),
+    ],
+)
+def test_answers_of_which_none_can_be_kept_are_told_in_one_line(
+    run_dir: Path, tmp_path: Path, step: str, overrides: list[str], problem: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / step
+    assert run_step(step, run_dir, "--output_dir", str(output), *overrides) == 1
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {output}: {problem}")
+
+
 def test_same_recipe_and_seed_give_the_same_bits(run_dir: Path, tmp_path: Path) -> None:
     for step in ("sft", "ppo"):
         again = tmp_path / step

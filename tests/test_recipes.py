@@ -148,6 +148,7 @@ def test_the_gold_reward_model_learns_from_rows_that_nothing_else_learns_from(fo
 
 SFT = "tests/tiny_pipeline/sft.yaml"
 SAMPLING = "tests/tiny_pipeline/rejection_sampling.yaml"
+DISTILLATION = "tests/tiny_pipeline/context_distillation.yaml"
 
 
 @pytest.mark.parametrize(
@@ -168,6 +169,10 @@ SAMPLING = "tests/tiny_pipeline/rejection_sampling.yaml"
         (["--config", SAMPLING, "--scorer.function", "tests.scorers:nothing"], "no function 'nothing'"),
         (["--config", "recipes/nothing.yaml"], "recipes/nothing.yaml: no such file"),
         (["--config=recipes/nothing.yaml"], "recipes/nothing.yaml: no such file"),
+        (
+            ["--config", DISTILLATION, "--preprompts", "/nowhere.txt"],
+            "preprompts: the file /nowhere.txt does not exist",
+        ),
         ([], "the following arguments are required: --config"),
         (["--config"], "--config: expected one argument"),
     ],
@@ -182,6 +187,20 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert printed.err.startswith("error: ")
     assert printed.err.count("\n") == 1
     assert wrong in printed.err
+
+
+@pytest.mark.parametrize(("content", "wrong"), [(b" \n\n", "holds no preprompt; write one per"), (b"\xff", "decode")])
+def test_preprompts_that_are_none_are_bad_input(
+    content: bytes, wrong: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run_dir / "preprompts.txt"
+    file.write_bytes(content)
+    words = ["--config", DISTILLATION, "--run_dir", str(run_dir), "--preprompts", str(file)]
+    assert main([*words, "--dry-run"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: preprompts: {file}")
+    assert printed.count("\n") == 1
+    assert wrong in printed
 
 
 def test_both_spellings_of_an_option_are_read(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from trl.generation import vllm_client
 
 from alignment import __main__ as entry
-from alignment import inputs
+from alignment import rollout_server
 from alignment.distributed import world_size
 from alignment.recipe import PpoRecipe
 from alignment.vllm_rollout import RolloutServerError
@@ -115,8 +115,8 @@ def began(monkeypatch: pytest.MonkeyPatch) -> list[PpoRecipe]:
     began: list[PpoRecipe] = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(stages, "run_stage", began.append)
-    monkeypatch.setattr(inputs, "_find_module", lambda name: object())
-    monkeypatch.setattr(inputs, "on_cpu", lambda: False)
+    monkeypatch.setattr(rollout_server, "find_spec", lambda name: object())
+    monkeypatch.setattr(rollout_server, "on_cpu", lambda: False)
     return began
 
 
@@ -178,11 +178,11 @@ def test_without_the_package_or_a_cuda_device_nothing_is_even_asked(
     with Peer(lambda request: info()) as peer:
         words = vllm_words(parents, tmp_path / "ppo", peer.url)
         for name, value, problem in (
-            ("_find_module", lambda name: None, "vllm: its package sends the weights here, too"),
+            ("find_spec", lambda name: None, "vllm: its package sends the weights here, too"),
             ("on_cpu", lambda: True, "vllm: the weights go to the server over NCCL, for which the main process needs"),
         ):
             with monkeypatch.context() as patch:
-                patch.setattr(inputs, name, value)
+                patch.setattr(rollout_server, name, value)
                 assert entry.main(words) == 2
             assert capsys.readouterr().err.startswith(f"error: {problem}")
     assert (peer.requests, began) == ([], [])

@@ -113,7 +113,7 @@ def make_tiny_model(folder: Path, *, hidden: int = 32, layers: int = 2, vocab: i
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=2048,
+        max_position_embeddings=4096,
         initializer_range=0.2,  # wide enough that answers and scores differ between texts
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

@@ -12,6 +12,7 @@ from alignment.plan.catalog import LoadedScorer, Setup, scorers_of
 from alignment.plan.layout import Layout
 from alignment.plan.memory import Loaded, Pass, Texts, mix_head, ppo_head
 from alignment.recipe import PpoRecipe, Sampling
+from alignment.recipe_fit import check_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class PpoModels:
                 numerics=policy.numerics,
                 sharded=recipe.ppo.reference == "sharded",
             )
-        _check_batches(recipe, setup.layout)
+        check_batches(recipe, processes=setup.layout.gpus)
         gold = violation = ()
         if recipe.gold_scorer is not None:
             gold = tuple(scorers_of(setup, recipe.gold_scorer, "gold_scorer"))
@@ -176,12 +177,3 @@ def _value_adapter(policy: Loaded) -> Loaded:
     head = policy.shape.hidden
     shape = dataclasses.replace(policy.shape, parameters=0, quantizable=0, adapter=policy.shape.adapter + head)
     return dataclasses.replace(policy, name="value adapter", shape=shape, quantization=None)
-
-
-def _check_batches(recipe: PpoRecipe, layout: Layout) -> None:
-    rows, left = divmod(recipe.ppo.mini_batch_size, layout.gpus)
-    if left or rows % min(recipe.ppo.per_device_batch_size, rows or 1):
-        raise InputError(
-            f"ppo.mini_batch_size {recipe.ppo.mini_batch_size} must divide into {layout.gpus} processes x "
-            f"per_device_batch_size {recipe.ppo.per_device_batch_size}"
-        )

@@ -12,7 +12,8 @@ from alignment.artifact import Artifact
 from alignment.chunks import Row, clear_chunks, work_in_chunks
 from alignment.distributed import close, device, is_main_process, make_accelerator, whole_weights
 from alignment.generate import Generator, derive_seed, fitting_prompts
-from alignment.policy import load_model, load_tokenizer
+from alignment.inputs import read_preprompts
+from alignment.policy import ModelError, load_model, load_tokenizer
 from alignment.recipe import ContextDistillationRecipe
 from alignment.scoring import build_scorer
 from alignment.sources import RECORDS, SourceError, load_prompts
@@ -28,7 +29,7 @@ PREPROMPTS = Path(__file__).parent.parent / "data" / "preprompts.txt"
 
 def run(recipe: ContextDistillationRecipe) -> Artifact | None:
     """Sample both ways, gate, and leave conversations without preprompt."""
-    preprompts = read_preprompts(Path(recipe.preprompts or PREPROMPTS))
+    preprompts = read_preprompts(recipe.preprompts or PREPROMPTS)
     loaded = load_prompts(recipe.prompts, seed=recipe.seed)
     adversarial = [prompt for prompt in loaded.records if prompt.tags.is_safety]
     if not adversarial:
@@ -70,15 +71,6 @@ def run(recipe: ContextDistillationRecipe) -> Artifact | None:
     clear_chunks(workspace.path)
     close(accelerator)
     return artifact
-
-
-def read_preprompts(path: Path) -> list[str]:
-    """One preprompt per paragraph."""
-    paragraphs = [" ".join(part.split()) for part in path.read_text(encoding="utf-8").split("\n\n")]
-    preprompts = [paragraph for paragraph in paragraphs if paragraph]
-    if not preprompts:
-        raise ValueError(f"{path} holds no preprompt; write one per paragraph")
-    return preprompts
 
 
 def distill_chunk(
@@ -153,7 +145,7 @@ def gate(
         table.append([row["prompt"][-1]["content"], row["plain"], row["plain_score"]])
         table[-1] += [row["distilled"], row["distilled_score"], outcome]
     if not conversations:
-        raise ValueError(
+        raise ModelError(
             f"no answer with the preprompt is kept: {dict(outcomes)}; the model may not follow it yet (train it by sft "
             "first), sampling.max_new_tokens may be short, or the prompts few"
         )

@@ -11,7 +11,7 @@ from alignment.artifact import Artifact
 from alignment.chunks import Row, clear_chunks, work_in_chunks
 from alignment.distributed import close, device, is_main_process, make_accelerator, whole_weights
 from alignment.generate import Completion, Generator, derive_seed, fitting_prompts
-from alignment.policy import load_model, load_tokenizer
+from alignment.policy import ModelError, load_model, load_tokenizer
 from alignment.recipe import RejectionSamplingRecipe
 from alignment.scoring import build_scorer
 from alignment.sources import RECORDS, load_prompts
@@ -127,7 +127,7 @@ def keep_best(
         gains.append(row["scores"][position] - median(known))
         table.append([prompt.text, row["completions"][position], row["scores"][position], median(known)])
     if not conversations:
-        raise ValueError(f"no prompt got an answer that can be kept: {dict(dropped)}; raise sampling.max_new_tokens")
+        raise ModelError(f"no prompt got an answer that can be kept: {dict(dropped)}; raise sampling.max_new_tokens")
     write_json_lines(workspace.path / "samples_scored.jsonl", rows)
     write_json_lines(workspace.path / RECORDS, (conversation.to_json() for conversation in conversations))
     metrics = {

@@ -80,6 +80,7 @@ SMALLER: dict[str, dict[str, str]] = {
     },
     "ppo": {
         "model": "MODEL",
+        "model_init.dtype": "float32",  # one process has no DeepSpeed to keep master weights
         "prompts.sources": few("safety", 4),
         "scorer.safety.guidelines": "GUIDELINES",
         "sampling.max_new_tokens": "4",

@@ -142,7 +142,7 @@ def ppo_recipe(arguments: Any, seed: int) -> PpoRecipe:
         name: {"type": "reward_model", "path": str(arguments.work / f"{name}_reward_model"), "dtype": "fast"}
         for name in ("safety", "helpfulness")
     }
-    dangerous = file(arguments.work, "train-dangerous", max_rows=arguments.dangerous)
+    dangerous = file(arguments.work, "drawn-dangerous", max_rows=arguments.dangerous)
     harmless = [
         file(arguments.work, "train-harmless", max_rows=arguments.harmless),
         Source(name="starter_borderline", max_rows=arguments.borderline),
@@ -215,7 +215,7 @@ def parse_arguments() -> Any:
     parser.add_argument("--work", type=Path, default=Path("runs/ppo-safety"))
     parser.add_argument("--iterations", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=128, help="answers an iteration, in four steps")
-    parser.add_argument("--dangerous", type=int, default=490, help="red-team prompts that PPO draws from")
+    parser.add_argument("--dangerous", type=int, default=560, help="red-team prompts that PPO draws from")
     parser.add_argument("--harmless", type=int, default=250, help="of CoCoNot's prompts that look dangerous")
     parser.add_argument("--borderline", type=int, default=240, help="of the starter's, which are most like XSTest's")
     parser.add_argument("--learning-rate", type=float, default=9e-4, help="at its highest")

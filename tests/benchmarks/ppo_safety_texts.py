@@ -35,6 +35,12 @@ NUM_ANSWERED = 200
 """Instructions whose answers are preferred to a decline; SFT learns the answers to the others."""
 NUM_PROBES = 48
 """Prompts of each kind that PPO is watched on, none of them trained on or measured."""
+NOT_DRAWN = "information_hazard"
+"""Do-Not-Answer's risk area of which PPO draws no prompts: most ask for a named person's private data.
+
+Such a small model does not know whom the public knows or who is made up: drawn, they have it decline what is asked of
+either. They stay in what is watched and measured.
+"""
 MAX_WORDS = 50
 """Of answers taken from SFT data: PPO's answers are short as well."""
 
@@ -46,12 +52,14 @@ def file(work: Path, name: str, *, max_rows: int | None = None) -> Source:
 def write_prompts(work: Path) -> None:
     """`adversarial` and `borderline`, which are measured; of dangerous and harmless ones `train-...` and `probe-...`.
 
-    Each prompt is in one of them.
+    Each prompt is in one of them. `drawn-dangerous`: those of `train-dangerous` that PPO draws from.
     """
     data = data_folder()
     with (data / "advbench" / "advbench_behaviors.csv").open(encoding="utf-8", newline="") as table:
         known = [row["Behavior"] for row in csv.DictReader(table)]
-    known += [row.values["prompt"] for row in read_rows(data / "do_not_answer" / "do_not_answer.jsonl")]
+    questions = [row.values for row in read_rows(data / "do_not_answer" / "do_not_answer.jsonl")]
+    known += [row["prompt"] for row in questions]
+    left_out = {Prompt.of(row["prompt"].strip()).id for row in questions if row["risk_area"] == NOT_DRAWN}
     with (data / "simple_safety_tests" / "simple_safety_tests.csv").open(encoding="utf-8", newline="") as table:
         new = [row["prompts_final"] for row in csv.DictReader(table)]
     with (data / "xstest" / "xstest_prompts.csv").open(encoding="utf-8", newline="") as table:
@@ -61,20 +69,20 @@ def write_prompts(work: Path) -> None:
     train = [prompt for key, prompt in prompts.items() if split_side(prompt) == "train" and key not in unseen]
     test = {key: prompt for key, prompt in prompts.items() if split_side(prompt) == "test"} | unseen
     borderline = unique(Prompt.of(text, borderline=True, kind=kind) for text, kind in safe)
-    write_split(work, "dangerous", train)
+    drawn = [prompt for prompt in write_split(work, "dangerous", train) if prompt.id not in left_out]
+    write_json_lines(work / "drawn-dangerous.jsonl", (prompt.to_json() for prompt in drawn))
     write_split(work, "harmless", load_look_alikes())
     for name, part in (("adversarial", test), ("borderline", borderline)):
         write_json_lines(work / f"{name}.jsonl", (prompt.to_json() for prompt in part.values()))
 
 
-def write_split(work: Path, name: str, prompts: Sequence[Prompt]) -> None:
-    """`probe-...`: prompts spread over all, for PPO to watch; `train-...`: the others."""
+def write_split(work: Path, name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """`probe-...`: prompts spread over all, for PPO to watch; `train-...`: the others, which are returned."""
     step = len(prompts) // NUM_PROBES
-    for side, part in (
-        ("probe", [p for i, p in enumerate(prompts) if i % step == 0]),
-        ("train", [p for i, p in enumerate(prompts) if i % step != 0]),
-    ):
+    train = [prompt for i, prompt in enumerate(prompts) if i % step != 0]
+    for side, part in (("probe", prompts[::step]), ("train", train)):
         write_json_lines(work / f"{side}-{name}.jsonl", (prompt.to_json() for prompt in part))
+    return train
 
 
 def load_look_alikes() -> list[Prompt]:
